@@ -1,0 +1,308 @@
+"""The Network in Network block (mlpconv), one definition for text and for images.
+
+Lin, Chen & Yan, "Network In Network", 2013 (arXiv 1312.4400). An mlpconv layer is a spatial
+convolution followed by 1x1 convolutions, each with its activation: a small multilayer perceptron
+slid over the input (section 3.1). The classifier ends in global average pooling of one map per
+class instead of fully connected layers (section 3.2).
+
+Everything is channels-last, so a 1x1 convolution is `nn.Linear` and only the spatial convolution
+knows how many dimensions there are. Three layouts are accepted:
+
+    (N, C)        rows: texts laid end to end with separator rows between them (see `Rows`)
+    (B, T, C)     padded texts
+    (B, H, W, C)  images
+
+The rows layout is what the text models run on: no arithmetic is spent on padding and every layer
+is a few large matrix products. The other two call `nn.Conv1d` / `nn.Conv2d`, the definition that
+the rows layout is tested against.
+
+Letters in shapes: B texts or images, T tokens, N rows, C channels, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where each token of a padded batch lies in the rows layout.
+
+    Texts are laid end to end, left and right padding removed, with at least `gap` rows of zeros
+    after each, so that no convolution or pooling window reaches from one text into the next.
+    Every text starts at a multiple of `stride`; pooling windows then fall on the same tokens
+    wherever a text lies in the batch, and a pooled layer keeps every second row of the mask.
+
+    Attributes:
+        index: (B, T) int64, the row of each token; padding positions hold 0.
+        token_mask: (B, T) bool, true where there is a token.
+        mask: (N, 1) bool, true in the rows that hold a token.
+        text: (N,) int64, the text that each row belongs to, separators included.
+    """
+
+    index: Tensor
+    token_mask: Tensor
+    mask: Tensor
+    text: Tensor
+
+    @classmethod
+    def from_attention_mask(cls, attention_mask: Tensor, gap: int, stride: int = 1) -> Rows:
+        """Lay out a batch from its (B, T) attention mask; padding may be on either side."""
+        token_mask = attention_mask.bool()
+        lengths = token_mask.sum(dim=1)  # (B,)
+        spans = (lengths + gap + stride - 1) // stride * stride  # (B,), never 0: gap >= 1
+        ends = spans.cumsum(0)
+        rank = token_mask.cumsum(1) - 1  # (B, T), the place of each token in its own text
+        index = ((ends - spans)[:, None] + rank).masked_fill(~token_mask, 0)
+        total = int(ends[-1])
+        mask = torch.zeros(total, 1, dtype=torch.bool, device=token_mask.device)
+        mask[index[token_mask]] = True
+        text = torch.arange(len(spans), device=spans.device).repeat_interleave(
+            spans, output_size=total
+        )
+        return cls(index, token_mask, mask, text)
+
+    def pack(self, padded: Tensor, fill: int = 0) -> Tensor:
+        """(B, T) token values to (N,) rows; separators hold `fill`."""
+        rows = padded.new_full((self.mask.shape[0],), fill)
+        rows[self.index[self.token_mask]] = padded[self.token_mask]
+        return rows
+
+    def unpack(self, rows: Tensor, stride: int = 1) -> Tensor:
+        """(N / stride, C) rows to (B, T, C), zeros at padding.
+
+        With `stride` > 1 the tokens that one pooled row stands for all receive its value.
+        """
+        padded = rows.index_select(0, (self.index // stride).flatten())  # (B * T, C)
+        padded = padded.view(*self.index.shape, rows.shape[-1])  # (B, T, C)
+        return padded.masked_fill(~self.token_mask[..., None], 0)
+
+
+def convolve(conv: nn.Conv1d | nn.Conv2d, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Apply a stride-1, "same"-padded convolution to channels-last input.
+
+    Args:
+        conv: the weights and the geometry.
+        x: (N, C) rows, (B, T, C) or (B, H, W, C).
+        mask: broadcastable to x, true where there is input; everywhere else the convolution
+            sees zeros. None for images and for rows that are zero already.
+
+    Returns:
+        The same layout with `conv.out_channels` channels.
+    """
+    if mask is not None:
+        x = x * mask
+    if x.dim() > 2:
+        return conv(x.movedim(-1, 1)).movedim(1, -1)
+    # A convolution over rows is the sum of one matrix product for each tap, taken on shifted
+    # views of the same memory: nothing is transposed, copied or unfolded.
+    dtype = torch.get_autocast_dtype(x.device.type)
+    x = x.to(dtype) if torch.is_autocast_enabled(x.device.type) else x
+    taps, dilation = conv.kernel_size[0], conv.dilation[0]
+    reach = dilation * (taps - 1)
+    n = x.shape[0]
+    x = F.pad(x, (0, 0, reach // 2, reach - reach // 2))  # (N + reach, C)
+    weight = conv.weight.to(x.dtype)  # (C_out, C, taps)
+    bias = conv.bias.to(x.dtype)
+    y = torch.addmm(bias, x[:n], weight[:, :, 0].t())  # (N, C_out)
+    for tap in range(1, taps):
+        start = tap * dilation
+        y = torch.addmm(y, x[start : start + n], weight[:, :, tap].t())
+    return y
+
+
+def max_pool_rows(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Max pooling of width 3 and stride 2 over rows, window j centred on row 2j.
+
+    Args:
+        x: (N, C), N even, texts starting at even rows with at least one separator between them.
+        mask: (N, 1), true where there is a token. Rows without one never win the maximum.
+
+    Returns:
+        (N / 2, C) with zeros outside the texts, and its mask (N / 2, 1): a text of L tokens
+        keeps ceil(L / 2) of them, as `nn.MaxPool1d(3, 2, padding=1)` does.
+    """
+    x = x.masked_fill(~mask, -torch.inf)
+    even, odd = x[0::2], x[1::2]  # (N / 2, C) each
+    before = F.pad(odd[:-1], (0, 0, 1, 0), value=-torch.inf)
+    pooled_mask = mask[0::2]
+    pooled = torch.maximum(torch.maximum(before, even), odd)
+    return pooled.masked_fill(~pooled_mask, 0), pooled_mask
+
+
+class Dropout(nn.Module):
+    """Element-wise dropout whose random numbers cost little on a CPU.
+
+    `nn.Dropout` draws one random float for each element, which on a CPU takes longer than the
+    convolution it follows. Here each 64-bit draw decides eight elements, so p is rounded to a
+    multiple of 1 / 256. On other devices this is `F.dropout`.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        threshold = round(self.p * 256)
+        if not self.training or threshold == 0:
+            return x
+        if x.device.type != "cpu":
+            return F.dropout(x, self.p)
+        draws = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
+        keep = draws.view(torch.uint8)[: x.numel()].view(x.shape) >= threshold
+        return x * keep.to(x.dtype).mul_(256 / (256 - threshold))
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+
+class SpatialConv(nn.Module):
+    """The spatial convolution of an mlpconv block: one width, or several in parallel.
+
+    With several widths (inception, Szegedy et al. 2014, arXiv 1409.4842) each branch first reduces
+    the channels with a 1x1 convolution and its activation; the branches share `out_channels` and
+    are concatenated.
+
+    Args:
+        in_channels, out_channels: channels before and after.
+        kernel_sizes: one width, or two and more for inception.
+        dims: 1 for text, 2 for images.
+        dilation: distance between neighbouring taps.
+        activation: after the 1x1 reductions of inception.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_sizes: Sequence[int],
+        *,
+        dims: int = 1,
+        dilation: int = 1,
+        activation: str = "relu",
+    ) -> None:
+        super().__init__()
+        conv_type = {1: nn.Conv1d, 2: nn.Conv2d}[dims]
+        branches = len(kernel_sizes)
+        share, rest = divmod(out_channels, branches)
+        widths = [share + (i < rest) for i in range(branches)]
+        if branches == 1:
+            self.reductions = None
+            inputs = [in_channels]
+        else:
+            inputs = widths
+            self.reductions = nn.ModuleList(nn.Linear(in_channels, width) for width in widths)
+            self.act = ACTIVATIONS[activation]()
+        self.convs = nn.ModuleList(
+            conv_type(i, o, k, padding="same", dilation=dilation)
+            for i, o, k in zip(inputs, widths, kernel_sizes, strict=True)
+        )
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(..., in_channels) to (..., out_channels); see `convolve` for the layouts."""
+        if self.reductions is None:
+            return convolve(self.convs[0], x, mask)
+        return torch.cat(
+            [
+                convolve(conv, self.act(reduce(x)), mask)
+                for reduce, conv in zip(self.reductions, self.convs, strict=True)
+            ],
+            dim=-1,
+        )
+
+
+class MLPConv(nn.Module):
+    """A spatial convolution, then any number of 1x1 convolutions, each with its activation.
+
+    Args:
+        in_channels: channels of the input.
+        channels: output channels of the spatial convolution, then of each 1x1 convolution.
+        kernel_sizes: width of the spatial convolution; several make it an inception block.
+        dims: 1 for text, 2 for images.
+        dilation: of the spatial convolution.
+        activation: "relu", "gelu" or "silu".
+        norm: layer normalization over channels before the spatial convolution.
+        residual: add the input to the output. The last 1x1 convolution then has no activation,
+            so that the sum may move in either direction (He et al. 2016, arXiv 1603.05027).
+        dropout: probability of zeroing an element of the block's output, before the sum.
+
+    Raises:
+        ValueError: if `residual` is asked for and input and output channels differ.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: Sequence[int],
+        kernel_sizes: Sequence[int] = (3,),
+        *,
+        dims: int = 1,
+        dilation: int = 1,
+        activation: str = "relu",
+        norm: bool = False,
+        residual: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if residual and channels[-1] != in_channels:
+            raise ValueError(
+                f"a residual block must end with as many channels as it begins with, "
+                f"not {in_channels} and {channels[-1]}"
+            )
+        self.residual = residual
+        self.norm = nn.LayerNorm(in_channels) if norm else nn.Identity()
+        self.spatial = SpatialConv(
+            in_channels,
+            channels[0],
+            kernel_sizes,
+            dims=dims,
+            dilation=dilation,
+            activation=activation,
+        )
+        self.pointwise = nn.ModuleList(
+            nn.Linear(i, o) for i, o in zip(channels[:-1], channels[1:], strict=True)
+        )
+        self.act = ACTIVATIONS[activation]()
+        self.dropout = Dropout(dropout)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(..., in_channels) to (..., channels[-1]).
+
+        Positions outside `mask` hold arbitrary values on return: the next convolution and the
+        pooling mask them.
+        """
+        y = self.spatial(self.norm(x), mask)  # (..., channels[0])
+        for linear in self.pointwise:
+            y = linear(self.act(y))
+        if not self.residual:
+            return self.dropout(self.act(y))  # (..., channels[-1])
+        return x + self.dropout(y)
+
+
+def pooling_weights(mask: Tensor, scores: Tensor | None = None) -> Tensor:
+    """The weight of each token in the pooled sum; the weights of a text sum to one.
+
+    Args:
+        mask: (B, T) bool, true where there is a token.
+        scores: (B, T) attention scores; None for the mean (global average pooling).
+
+    Returns:
+        (B, T) float32, zero at padding. A text without tokens has all weights zero.
+    """
+    if scores is None:
+        scores = torch.zeros(mask.shape, device=mask.device)
+    # Finite fill: a text without tokens would otherwise turn softmax, and its gradient, into NaN.
+    scores = scores.float().masked_fill(~mask, torch.finfo(torch.float32).min)
+    return scores.softmax(dim=1) * mask
+
+
+def global_average_pool(x: Tensor) -> Tensor:
+    """(B, *S, C) to (B, C): the mean over all positions (section 3.2 of the paper)."""
+    return x.flatten(1, -2).mean(dim=1)

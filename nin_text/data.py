@@ -1,0 +1,482 @@
+"""From `--dataset` to texts, labels and splits: built-in, files, folders, known names, hub ids."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nin_text import demo_data, readers
+from nin_text.errors import UserError
+from nin_text.readers import Table
+
+logger = logging.getLogger(__name__)
+
+SPLIT_SEED = 20131216  # the day the paper was posted; never the training seed
+VALIDATION_SHARE = 0.1
+MAX_VALIDATION = 5000
+NETWORK_TIMEOUT = 5.0  # seconds
+
+
+@dataclass(frozen=True)
+class Known:
+    """Where a well-known data set lives.
+
+    Attributes:
+        hub_id: its id on the Hugging Face hub.
+        labels: class names by index; None to take those that the data set brings.
+        train_rows: size of the whole training set, to say so when a copy holds a part of it.
+        text_columns: columns of the hub's copy that make up the text, joined by a space.
+        label_column: column of the hub's copy that holds the label.
+    """
+
+    hub_id: str
+    labels: tuple[str, ...] | None
+    train_rows: int
+    text_columns: tuple[str, ...] = ("text",)
+    label_column: str = "label"
+
+
+KNOWN = {
+    "imdb": Known("stanfordnlp/imdb", ("negative", "positive"), 25_000),
+    "ag_news": Known("fancyzhx/ag_news", ("World", "Sports", "Business", "Sci/Tech"), 120_000),
+    # GLUE's copy has no labels for the test sentences; this one has.
+    "sst2": Known("SetFit/sst2", ("negative", "positive"), 67_349),
+    "trec": Known(
+        "CogComp/trec",
+        ("abbreviation", "entity", "description", "human", "location", "number"),
+        5_452,
+        label_column="coarse_label",
+    ),
+    "yelp_polarity": Known("fancyzhx/yelp_polarity", ("negative", "positive"), 560_000),
+    "dbpedia_14": Known("fancyzhx/dbpedia_14", None, 560_000, text_columns=("title", "content")),
+    "20newsgroups": Known("SetFit/20_newsgroups", None, 11_314, label_column="label_text"),
+    "rotten_tomatoes": Known(
+        "cornell-movie-review-data/rotten_tomatoes", ("negative", "positive"), 8_530
+    ),
+}
+
+
+@dataclass
+class Split:
+    """Texts and their label indices; labels are -1 where there are none."""
+
+    texts: list[str]
+    labels: list[int]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def take(self, indices: Sequence[int]) -> Split:
+        return Split([self.texts[i] for i in indices], [self.labels[i] for i in indices])
+
+
+@dataclass
+class TextDataset:
+    """A labelled text data set.
+
+    Attributes:
+        name: what `--dataset` said.
+        source: where it was found, in words.
+        label_names: class names by index.
+        splits: "train", "validation", "test"; "unsupervised" (labels -1) where there is one.
+        notes: what a reader of the results must know, such as a partial training set.
+    """
+
+    name: str
+    source: str
+    label_names: list[str]
+    splits: dict[str, Split]
+    notes: list[str] = field(default_factory=list)
+
+    def fingerprint(self) -> str:
+        """A hash of every text and label of the labelled splits, in order."""
+        digest = hashlib.sha256()
+        for split in ("train", "validation", "test"):
+            for text, label in zip(
+                self.splits[split].texts, self.splits[split].labels, strict=True
+            ):
+                digest.update(f"{split}\0{label}\0".encode())
+                digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
+        return digest.hexdigest()[:16]
+
+
+@dataclass
+class _Raw:
+    """Tables as found, before labels have become indices."""
+
+    source: str
+    tables: dict[str, Table]
+    text_columns: tuple[str, ...] = ()
+    label_column: str | None = None
+    label_names: Sequence[str] | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def load_text_dataset(
+    name: str,
+    *,
+    data_dir: Path | None = None,
+    text_column: str | None = None,
+    label_column: str | None = None,
+    drop_empty: bool = False,
+    limit: int | None = None,
+) -> TextDataset:
+    """Find and read a data set, and make the splits that it does not bring.
+
+    Args:
+        name: a built-in corpus, a known name, a file, a folder, or a hub id; see README.
+        data_dir: the first folder in which known names are looked for.
+        text_column, label_column: columns to use; guessed from their names if None.
+        drop_empty: leave out rows whose text is empty or missing instead of refusing them.
+        limit: keep this many examples of each split, drawn with a fixed seed.
+
+    Raises:
+        UserError: whatever is wrong with the data, in one sentence.
+    """
+    raw = _find(name, data_dir)
+    if text_column is None and raw.text_columns:
+        texts_from: tuple[str, ...] | None = raw.text_columns
+    else:
+        texts_from = None if text_column is None else (text_column,)
+    label_column = label_column or raw.label_column
+    columns: dict[str, tuple[list[str], list[Any] | None]] = {}
+    notes = list(raw.notes)
+    for split, table in raw.tables.items():
+        columns[split] = _columns(table, split, texts_from, label_column, drop_empty, notes)
+    label_names = _label_names(raw, columns)
+    splits = {
+        split: Split(texts, _label_indices(labels, label_names, split))
+        for split, (texts, labels) in columns.items()
+    }
+    _make_missing_splits(splits, notes)
+    if limit is not None:
+        splits = {split: _subset(part, limit) for split, part in splits.items()}
+        notes.append(f"at most {limit} examples of each split were used (--limit)")
+    _check_labels(splits, label_names)
+    return TextDataset(name, raw.source, label_names, splits, notes)
+
+
+# ---- finding -----------------------------------------------------------------------------------
+
+
+def _find(name: str, data_dir: Path | None) -> _Raw:
+    if name in demo_data.LABELS:
+        splits = demo_data.generate(name)
+        tables = {s: {"text": texts, "label": labels} for s, (texts, labels) in splits.items()}
+        return _Raw("generated", tables, ("text",), "label", demo_data.LABELS[name])
+    if name in KNOWN:
+        return _find_known(name, data_dir)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _read_folder(path)
+    if path.exists():
+        return _Raw(str(path), {"train": readers.read_file(path)})
+    if readers.suffix_of(path) in readers.SUFFIXES or name.startswith((".", "/", "~")):
+        raise UserError(f"there is no file or folder {name}")
+    if name.count("/") != 1:
+        raise UserError(
+            f"there is no data set {name!r}: it is not a file or folder, not a hub id "
+            f"(owner/name), and not one of {', '.join([*demo_data.LABELS, *KNOWN])}"
+        )
+    return _from_hub(name, [])
+
+
+def _find_known(name: str, data_dir: Path | None) -> _Raw:
+    known = KNOWN[name]
+    folders = [data_dir, os.environ.get("NIN_TEXT_DATA"), "data"]
+    places = [Path(folder) / name for folder in folders if folder]
+    for place in places:
+        if place.is_dir():
+            raw = _read_folder(place)
+            raw.label_names = raw.label_names or known.labels
+            train = len(next(iter(raw.tables.get("train", {"": []}).values())))
+            if train < known.train_rows:
+                raw.notes.append(
+                    f"partial training set: {train:,} of the {known.train_rows:,} rows of {name}"
+                )
+            return raw
+    raw = _from_hub(known.hub_id, [str(place) for place in places])
+    raw.text_columns = known.text_columns
+    raw.label_column = known.label_column
+    raw.label_names = raw.label_names or known.labels
+    return raw
+
+
+def _read_folder(folder: Path) -> _Raw:
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        return _from_disk(folder)
+    files = readers.split_files(folder)
+    if files:
+        raw = _Raw(str(folder), {})
+        for split, paths in files.items():
+            raw.tables[split] = readers.read_file(paths[0])
+            if len(paths) > 1:
+                others = ", ".join(path.name for path in paths[1:])
+                logger.info("%s: %s is used, not %s", folder, paths[0].name, others)
+        if "train" in files and "subset" in files["train"][0].name:
+            raw.notes.append(f"the training file {files['train'][0].name} is a subset")
+        return raw
+    parts = {
+        split: folder / name
+        for split in ("train", "validation", "test")
+        for name in readers.SPLIT_NAMES[split]
+        if (folder / name).is_dir()
+    }
+    if parts:  # aclImdb and its like: train/<class>/*.txt
+        tables = {split: readers.read_class_folders(part) for split, part in parts.items()}
+        return _Raw(str(folder), tables)
+    return _Raw(str(folder), {"train": readers.read_class_folders(folder)})
+
+
+def _from_disk(folder: Path) -> _Raw:
+    import datasets
+
+    try:
+        loaded = datasets.load_from_disk(str(folder))
+    except Exception as error:
+        raise UserError(f"{folder} is not a readable saved data set ({error})") from error
+    return _from_datasets(loaded, str(folder))
+
+
+def _from_hub(hub_id: str, places: list[str]) -> _Raw:
+    """Load a data set from the Hugging Face hub or its local cache."""
+    advice = (
+        f"looked in {', '.join(places)}; put the data set there as train.parquet and "
+        f"test.parquet (columns text and label)"
+        if places
+        else "give the path of a local copy"
+    )
+    online = _hub_is_reachable()
+    import datasets
+
+    if not online:
+        datasets.config.HF_HUB_OFFLINE = True
+    datasets.disable_progress_bars()
+    try:
+        try:
+            loaded = datasets.load_dataset(hub_id)
+        except RuntimeError as error:
+            if "script" not in str(error):
+                raise
+            # Older data sets are a script, which is never run; the hub keeps a Parquet copy.
+            loaded = datasets.load_dataset(hub_id, revision="refs/convert/parquet")
+    except Exception as error:
+        if not online:
+            raise UserError(
+                f"the data set {hub_id} is not on this machine and the Hugging Face hub cannot be "
+                f"reached; {advice}, or connect to the network"
+            ) from error
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"the data set {hub_id} could not be loaded from the Hugging Face hub ({reason}); "
+            f"check the id, or {advice}"
+        ) from error
+    return _from_datasets(loaded, f"hub:{hub_id}")
+
+
+def _hub_is_reachable() -> bool:
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        huggingface_hub.get_session().head(constants.ENDPOINT, timeout=NETWORK_TIMEOUT)
+    except Exception:
+        # From here on nothing in this process tries again: each try would wait for a time-out.
+        constants.HF_HUB_OFFLINE = True
+        return False
+    return True
+
+
+def _from_datasets(loaded: Any, source: str) -> _Raw:
+    """A `datasets.Dataset` or `DatasetDict` as tables."""
+    import datasets
+
+    parts = loaded if isinstance(loaded, dict) else {"train": loaded}
+    raw = _Raw(source, {})
+    for split, names in readers.SPLIT_NAMES.items():
+        for name in names:
+            if name in parts and split not in raw.tables:
+                raw.tables[split] = parts[name].to_dict()
+    if not raw.tables:
+        raise UserError(f"{source} has no split named train or test, only {', '.join(parts)}")
+    features = next(iter(parts.values())).features
+    for name in readers.LABEL_COLUMNS:
+        if isinstance(features.get(name), datasets.ClassLabel):
+            raw.label_names = features[name].names
+            break
+    return raw
+
+
+# ---- texts and labels --------------------------------------------------------------------------
+
+
+def _columns(
+    table: Table,
+    split: str,
+    text_columns: tuple[str, ...] | None,
+    label_column: str | None,
+    drop_empty: bool,
+    notes: list[str],
+) -> tuple[list[str], list[Any] | None]:
+    """Texts and labels of one split; labels are None for the unlabelled one."""
+    if text_columns is None:
+        text_columns = (readers.pick_column(table, None, readers.TEXT_COLUMNS, "--text-column"),)
+    for name in text_columns:
+        readers.pick_column(table, name, [], "--text-column")
+    texts = table[text_columns[0]]
+    if len(text_columns) > 1:
+        parts = zip(*(table[name] for name in text_columns), strict=True)
+        texts = [" ".join(str(part) for part in row) for row in parts]
+    labels = None
+    if split != "unsupervised":
+        label_column = readers.pick_column(
+            table, label_column, readers.LABEL_COLUMNS, "--label-column"
+        )
+        if label_column in text_columns:
+            raise UserError(f"the text and the label cannot both be column {label_column!r}")
+        labels = table[label_column]
+    empty = [i for i, text in enumerate(texts) if _is_empty(text)]
+    if empty and not drop_empty:
+        raise UserError(
+            f"{len(empty)} of {len(texts)} texts of the {split} split are empty or missing "
+            f"(the first in row {empty[0] + 1}); correct them or leave them out with --drop-empty"
+        )
+    if empty:
+        notes.append(f"{len(empty)} empty rows of the {split} split were left out")
+        keep = sorted(set(range(len(texts))) - set(empty))
+        texts = [texts[i] for i in keep]
+        labels = None if labels is None else [labels[i] for i in keep]
+    wrong = next((i for i, text in enumerate(texts) if not isinstance(text, str)), None)
+    if wrong is not None:
+        raise UserError(
+            f"column {text_columns[0]!r} holds {type(texts[wrong]).__name__} values, not text "
+            f"(row {wrong + 1}); name the text column with --text-column"
+        )
+    return texts, labels
+
+
+def _is_empty(value: Any) -> bool:
+    missing = value is None or (isinstance(value, float) and math.isnan(value))
+    return missing or (isinstance(value, str) and not value.strip())
+
+
+def _label_key(value: Any) -> int | str:
+    """A label as a number where it is one (1, 1.0, "1", True), else as text."""
+    if isinstance(value, (list, tuple, dict)):
+        raise UserError("labels must be single values, not lists")
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, (bool, int)):
+        return int(value)
+    text = str(value).strip()
+    return int(text) if text.isdecimal() and text.isascii() and str(int(text)) == text else text
+
+
+def _label_names(raw: _Raw, columns: dict[str, tuple[list[str], list[Any] | None]]) -> list[str]:
+    """Class names by index, from the data set or from the labels of the training split."""
+    for split, (_, labels) in columns.items():
+        bad = [i for i, label in enumerate(labels or []) if _is_empty(label)]
+        if bad:
+            raise UserError(
+                f"{len(bad)} of {len(labels or [])} labels of the {split} split are missing or "
+                f"NaN (the first in row {bad[0] + 1}); correct these rows or leave them out"
+            )
+    reference = columns.get("train") or next(iter(columns.values()))
+    keys = {_label_key(label) for label in reference[1] or []}
+    if raw.label_names and keys <= set(range(len(raw.label_names))):
+        return list(raw.label_names)
+    numbers = sorted(key for key in keys if isinstance(key, int))
+    words = sorted(key for key in keys if isinstance(key, str))
+    return [str(key) for key in [*numbers, *words]]
+
+
+def _label_indices(labels: list[Any] | None, names: list[str], split: str) -> list[int]:
+    index = {name: i for i, name in enumerate(names)}
+    if labels is None:
+        return []
+    result = []
+    for row, label in enumerate(labels):
+        key = _label_key(label)
+        if isinstance(key, int) and str(key) not in index and 0 <= key < len(names):
+            result.append(key)
+        elif str(key) in index:
+            result.append(index[str(key)])
+        else:
+            raise UserError(
+                f"the {split} split has the label {label!r} (row {row + 1}), which is not among "
+                f"those of the training split: {', '.join(map(repr, names[:20]))}"
+            )
+    return result
+
+
+# ---- splits ------------------------------------------------------------------------------------
+
+
+def _make_missing_splits(splits: dict[str, Split], notes: list[str]) -> None:
+    """Carve validation, and test where there is none, from train with a fixed seed."""
+    if "unsupervised" in splits:
+        texts = splits["unsupervised"].texts
+        splits["unsupervised"] = Split(texts, [-1] * len(texts))
+    if "train" not in splits:
+        raise UserError("there is no training split (a file named train.*)")
+    for split in ("test", "validation"):
+        if split not in splits:
+            train = splits["train"]
+            size = min(math.ceil(len(train) * VALIDATION_SHARE), MAX_VALIDATION)
+            if len(train) < 10:
+                raise UserError(f"{len(train)} examples are too few to train and test on")
+            taken, rest = stratified(train.labels, size)
+            splits[split], splits["train"] = train.take(taken), train.take(rest)
+            notes.append(f"the {split} split is {size:,} examples carved from train (fixed seed)")
+
+
+def stratified(labels: Sequence[int], size: int) -> tuple[list[int], list[int]]:
+    """Indices of `size` examples with the class shares of all, and of the rest; both in order.
+
+    A class with a single example stays with the rest.
+    """
+    import numpy as np
+
+    rng = np.random.default_rng(SPLIT_SEED)
+    order = rng.permutation(len(labels))
+    by_class: dict[int, list[int]] = {}
+    for i in order:
+        by_class.setdefault(labels[i], []).append(int(i))
+    # Interleave the classes by the share of each that has been dealt: every prefix is stratified.
+    ranked = sorted(
+        ((rank + 0.5) / len(members), label, i)
+        for label, members in by_class.items()
+        for rank, i in enumerate(members[:-1])
+    )
+    taken = sorted(i for _, _, i in ranked[:size])
+    chosen = set(taken)
+    return taken, [i for i in range(len(labels)) if i not in chosen]
+
+
+def _subset(split: Split, limit: int) -> Split:
+    if limit >= len(split):
+        return split
+    if split.labels and split.labels[0] >= 0:
+        return split.take(stratified(split.labels, limit)[0])
+    return split.take(range(limit))
+
+
+def _check_labels(splits: dict[str, Split], names: list[str]) -> None:
+    counts = Counter(splits["train"].labels)
+    if len(counts) < 2:
+        raise UserError(
+            f"all training examples have the same label ({', '.join(names)}); "
+            f"a classifier needs at least two classes"
+        )
+    for split in ("validation", "test"):
+        if not len(splits[split]):
+            raise UserError(f"the {split} split is empty")

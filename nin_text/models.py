@@ -1,0 +1,119 @@
+"""Build or load a classifier with its tokenizer: ours, or any from Hugging Face."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from nin_text.errors import UserError
+from nin_text.options import TrainOptions
+from nin_text.text import PRESETS, NiNTextConfig, NiNTextForSequenceClassification
+from nin_text.tokenization import KINDS, cached_tokenizer, load_tokenizer
+
+
+def build(
+    options: TrainOptions, texts: Sequence[str], labels: Sequence[int], label_names: Sequence[str]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A fresh classifier for the training texts, or one from outside to fine-tune.
+
+    Args:
+        options: with the recipe filled in.
+        texts, labels: the training split; the tokenizer and class weights are made from it.
+        label_names: class names by index.
+
+    Raises:
+        UserError: if the model or tokenizer cannot be had.
+    """
+    names = {
+        "num_labels": len(label_names),
+        "id2label": dict(enumerate(label_names)),
+        "label2id": {name: i for i, name in enumerate(label_names)},
+    }
+    if options.model not in PRESETS:
+        return _from_outside(options.model, names)
+    if options.tokenizer in KINDS:
+        tokenizer = cached_tokenizer(
+            texts,
+            kind=options.tokenizer,
+            vocab_size=options.vocab_size,
+            lowercase=options.lowercase,
+        )
+    else:
+        tokenizer = load_tokenizer(options.tokenizer)
+    overrides: dict[str, Any] = {
+        "pooling": options.pooling,
+        "word_dropout": options.word_dropout,
+        "embedding_dropout": options.dropout,
+        "hidden_dropout": options.dropout,
+        "label_smoothing": options.label_smoothing,
+        "class_weights": _class_weights(options, labels, len(label_names)),
+    }
+    config = NiNTextConfig.from_preset(
+        options.model,
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        **names,
+        **{key: value for key, value in overrides.items() if value is not None},
+    )
+    return NiNTextForSequenceClassification(config), tokenizer
+
+
+def _class_weights(
+    options: TrainOptions, labels: Sequence[int], classes: int
+) -> list[float] | None:
+    """Weights by which every class counts the same in the loss, or None."""
+    if options.class_weights == "none":
+        return None
+    counts = Counter(labels)
+    return [len(labels) / (classes * counts[i]) if counts[i] else 1.0 for i in range(classes)]
+
+
+def _from_outside(
+    name: str, names: dict[str, Any]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise UserError(f"{name} is no model folder: it holds no config.json")
+    try:
+        config = AutoConfig.from_pretrained(name, **names)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            name, config=config, ignore_mismatched_sizes=True
+        )
+    except Exception as error:
+        raise UserError(_cannot_load(name, error)) from error
+    return model, load_tokenizer(name)
+
+
+def load(folder: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A trained classifier and its tokenizer, from a run folder or a hub id.
+
+    Raises:
+        UserError: if it is no model, or damaged.
+    """
+    path = Path(folder)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise UserError(
+            f"{folder} is no model folder: it holds no config.json; give the output folder of a "
+            f"finished training run"
+        )
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(folder)
+    except Exception as error:
+        raise UserError(_cannot_load(folder, error)) from error
+    return model.eval(), load_tokenizer(folder)
+
+
+def _cannot_load(name: str, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return (
+        f"no model could be loaded from {name!r} ({reason}); give one of {', '.join(PRESETS)}, "
+        f"a model folder, or the id of a model on the Hugging Face hub"
+    )

@@ -1,0 +1,166 @@
+"""Options of the scripts, each defined once, and the recipes that fill in their defaults.
+
+This module imports nothing heavy: `--help` must answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+PRESET_NAMES = ("nin-text-paper", "nin-text-small", "nin-text-base")
+
+# What training does unless told otherwise, found on validation splits. The first entry applies to
+# every data set; a data set's own entry overrides it. "transformer" applies to models from outside.
+RECIPES: dict[str, dict[str, Any]] = {
+    "default": {
+        "epochs": 8,
+        "learning_rate": 1e-3,
+        "weight_decay": 0.1,
+        "warmup": 0.06,
+        "batch_size": 64,
+        "batch_tokens": 16_384,
+        "vocab_size": 30_000,
+        "max_length": None,
+        "ema_decay": 0.99,
+        "patience": 3,
+        "label_smoothing": 0.0,
+    },
+    "transformer": {
+        "epochs": 3,
+        "learning_rate": 3e-5,
+        "weight_decay": 0.01,
+        "batch_size": 32,
+        "max_length": 256,
+        "ema_decay": 0.0,
+        "patience": 2,
+    },
+    "demo_reviews": {"epochs": 10},
+    "demo_topics": {"epochs": 10},
+    "imdb": {"epochs": 3},
+    "ag_news": {"epochs": 4},
+}
+
+
+def option(help: str, default: Any = None, **argparse_arguments: Any) -> Any:  # noqa: A002
+    """A dataclass field that is also a command-line option."""
+    return field(default=default, metadata={"help": help, **argparse_arguments})
+
+
+@dataclass
+class DataOptions:
+    """Where the examples come from."""
+
+    dataset: str = option(
+        "built-in corpus (demo_reviews, demo_topics), known name (imdb, ag_news, sst2, trec, "
+        "yelp_polarity, dbpedia_14, 20newsgroups, rotten_tomatoes), file, folder or hub id",
+        "demo_reviews",
+    )
+    data_dir: Path | None = option(
+        "folder in which known names are looked for first; then $NIN_TEXT_DATA, data/, the hub"
+    )
+    text_column: str | None = option("column that holds the text (default: guessed)")
+    label_column: str | None = option("column that holds the label (default: guessed)")
+    drop_empty: bool = option("leave out rows whose text is empty instead of refusing them", False)
+    limit: int | None = option("use at most this many examples of each split", metavar="N")
+
+
+@dataclass
+class CommonOptions:
+    """What every script understands."""
+
+    device: str = option("cpu, cuda, cuda:1, mps, or auto for the best there is", "auto")
+    quiet: bool = option("print nothing but errors and the result", False)
+    verbose: bool = option("print what the libraries underneath have to say, too", False)
+
+
+@dataclass
+class TrainOptions(CommonOptions, DataOptions):
+    """How a text classifier is trained. None means: as the recipe says (see RECIPES)."""
+
+    model: str = option(
+        f"preset ({', '.join(PRESET_NAMES)}), or the hub id or folder of any Hugging Face "
+        f"sequence classifier, which is then fine-tuned by the same trainer",
+        "nin-text-base",
+    )
+    tokenizer: str = option(
+        "wordpiece, bpe or word to train one on the training split, or a hub id or folder",
+        "wordpiece",
+    )
+    vocab_size: int | None = option("most tokens in a trained vocabulary")
+    lowercase: bool = option("fold case in a trained tokenizer", True)
+    max_length: int | None = option("cut texts to this many tokens (0: never)")
+    pooling: str | None = option(
+        "mean or attention (default: the preset's)", choices=("mean", "attention")
+    )
+    word_dropout: float | None = option("share of words hidden in training (default: the preset's)")
+    dropout: float | None = option("hidden and embedding dropout (default: the preset's)")
+    class_weights: str = option(
+        "none, or balanced to weigh rare classes up", "none", choices=("none", "balanced")
+    )
+    label_smoothing: float | None = option("mass of the target spread over all classes")
+    epochs: int | None = option("passes over the training split")
+    learning_rate: float | None = option("peak learning rate of AdamW")
+    weight_decay: float | None = option("weight decay of AdamW")
+    warmup: float | None = option("share of the steps in which the learning rate rises")
+    batch_size: int | None = option("most texts in a batch")
+    batch_tokens: int | None = option("most tokens in a batch, give or take one text")
+    gradient_accumulation: int = option("batches for each optimizer step", 1)
+    ema_decay: float | None = option("decay of the averaged weights (0: no averaging)")
+    patience: int | None = option("stop after this many epochs without a better validation score")
+    precision: str = option(
+        "bf16, fp32, or auto for bf16 where the processor multiplies it natively",
+        "auto",
+        choices=("auto", "bf16", "fp32"),
+    )
+    seed: int = option("seed of the weights, the batches and dropout", 0)
+    output_dir: Path | None = option("run folder (default: runs/<dataset>-<model>-seed<seed>)")
+    resume: bool = option("continue the run in the output folder from its last checkpoint", False)
+
+
+def with_recipe(options: TrainOptions) -> TrainOptions:
+    """A copy in which every option left to the recipe is filled in."""
+    recipe = dict(RECIPES["default"])
+    if options.model in PRESET_NAMES:
+        recipe |= RECIPES.get(options.dataset, {})
+    else:
+        recipe |= RECIPES["transformer"]
+    missing = {name: value for name, value in recipe.items() if getattr(options, name) is None}
+    return dataclasses.replace(options, **missing)
+
+
+def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
+    """Add one argument to the parser for each field of an options dataclass."""
+    hints = typing.get_type_hints(cls)
+    for spec in dataclasses.fields(cls):
+        arguments = dict(spec.metadata)
+        kind = hints[spec.name]
+        if isinstance(kind, types.UnionType):
+            kind = next(part for part in kind.__args__ if part is not type(None))
+        flag = "--" + spec.name.replace("_", "-")
+        text = arguments.pop("help")
+        if spec.default is None and "default" not in text:
+            recipe = RECIPES["default"].get(spec.name, "unset")
+            text += f" (default: {recipe}{', unless the recipe differs' * (recipe != 'unset')})"
+        elif spec.default is not None and kind is not bool:
+            text += " (default: %(default)s)"
+        if kind is bool:
+            if spec.default:
+                arguments["action"] = argparse.BooleanOptionalAction
+            else:
+                arguments["action"] = "store_true"
+        else:
+            arguments["type"] = kind
+            if "choices" not in arguments:
+                arguments.setdefault("metavar", kind.__name__.upper())
+        parser.add_argument(flag, default=spec.default, help=text, **arguments)
+
+
+def parse_options(cls: type, namespace: argparse.Namespace) -> Any:
+    """The options dataclass from parsed arguments."""
+    return cls(**{spec.name: getattr(namespace, spec.name) for spec in dataclasses.fields(cls)})

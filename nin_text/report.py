@@ -1,0 +1,173 @@
+"""What a run leaves for a person to look at: numbers as JSON, plots as PNG, a model card."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LIBRARIES = "nin-text torch transformers datasets tokenizers scikit-learn accelerate numpy".split()
+MAX_CLASSES_SHOWN = 30
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON aside and rename it into place, so that no reader sees half of it."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    aside.replace(path)
+
+
+def peak_memory_mb() -> float:
+    """Most memory that this process has held so far, in MiB; on Linux and macOS."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, processor, threads: what a figure depends on besides the command."""
+    versions = {}
+    for name in LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return {
+        "versions": {"python": platform.python_version(), **versions},
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _figure(width: float, height: float) -> Any:
+    # The object interface draws without a display and leaves pyplot's global state alone.
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=120, layout="constrained")
+
+
+def _save(figure: Any, path: Path) -> None:
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    figure.savefig(aside, format="png")
+    aside.replace(path)
+
+
+def plot_curves(history: Sequence[dict[str, Any]], path: Path) -> None:
+    """Training loss, validation loss and validation accuracy against epochs.
+
+    Args:
+        history: the Trainer's `log_history`.
+        path: PNG file to write.
+    """
+    figure = _figure(9, 3.6)
+    losses, accuracy = figure.subplots(1, 2)
+    for axis, key, label in (
+        (losses, "loss", "training loss"),
+        (losses, "eval_loss", "validation log loss"),
+        (accuracy, "eval_accuracy", "validation accuracy"),
+    ):
+        points = [(entry["epoch"], entry[key]) for entry in history if key in entry]
+        if points:
+            style = "-" if key == "loss" else "o-"
+            axis.plot(*zip(*points, strict=True), style, label=label)
+    for axis in (losses, accuracy):
+        axis.set_xlabel("epoch")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    losses.set_ylim(bottom=0)
+    _save(figure, path)
+
+
+def plot_confusion(matrix: Sequence[Sequence[int]], names: Sequence[str], path: Path) -> None:
+    """Confusion matrix as shares of the true class, with counts where there is room."""
+    import numpy as np
+
+    counts = np.asarray(matrix, dtype=float)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    size = min(2.6 + 0.55 * len(names), 14)
+    figure = _figure(size + 0.8, size)
+    axis = figure.subplots()
+    image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, ax=axis, label="share of the true class", shrink=0.8)
+    if len(names) <= MAX_CLASSES_SHOWN:
+        short = [name if len(name) <= 18 else name[:17] + "…" for name in names]
+        axis.set_xticks(range(len(names)), short, rotation=45, ha="right", parse_math=False)
+        axis.set_yticks(range(len(names)), short, parse_math=False)
+    if len(names) <= 12:
+        for (i, j), share in np.ndenumerate(shares):
+            color = "white" if share > 0.5 else "black"
+            axis.text(j, i, f"{counts[i, j]:.0f}", ha="center", va="center", color=color)
+    axis.set_xlabel("predicted")
+    axis.set_ylabel("true")
+    _save(figure, path)
+
+
+def model_card(metrics: dict[str, Any]) -> str:
+    """The README.md of a run folder, in the hub's format."""
+    test, validation = metrics["test"], metrics["validation"]
+    low, high = test["accuracy_interval_95"]
+    labels = ", ".join(f"`{name}`" for name in metrics["label_names"][:MAX_CLASSES_SHOWN])
+    notes = "".join(f"- {note}\n" for note in metrics["notes"])
+    return f"""---
+library_name: transformers
+pipeline_tag: text-classification
+tags: [nin-text, text-classification]
+---
+# {metrics["model"]} on {metrics["dataset"]}
+
+A text classifier with {metrics["parameters"]:,} parameters and {len(metrics["label_names"])}
+classes: {labels}.
+
+| split | n | accuracy | macro F1 | log loss | calibration error |
+|---|---|---|---|---|---|
+| validation | {validation["n"]:,} | {validation["accuracy"]:.4f} | {validation["macro_f1"]:.4f} \
+| {validation["log_loss"]:.4f} | {validation["calibration_error"]:.4f} |
+| test | {test["n"]:,} | {test["accuracy"]:.4f} | {test["macro_f1"]:.4f} \
+| {test["log_loss"]:.4f} | {test["calibration_error"]:.4f} |
+
+95 % interval of the test accuracy (bootstrap over test examples, one training run):
+{low:.4f} to {high:.4f}. The model was chosen on the validation split; the test split was read
+once, at the end.
+
+## Use
+
+```python
+import nin_text  # registers the architecture with transformers
+from transformers import pipeline
+
+classify = pipeline("text-classification", model="path/to/this/folder")
+classify("Your text here.")
+```
+
+## Training
+
+- data: {metrics["dataset"]} ({metrics["data_source"]}), {metrics["train_examples"]:,} training
+  examples, fingerprint `{metrics["data_fingerprint"]}`
+- command: `{metrics["command"]}`
+- {metrics["train_seconds"]:.0f} s on {metrics["environment"]["processor"]}, \
+{metrics["environment"]["threads"]} threads, seed {metrics["seed"]}, {metrics["precision"]}
+{notes}
+## Limits
+
+The classifier knows the kind of text it was trained on. It has not been examined for bias, and
+its probabilities are only as well calibrated as the table says, on text like the test split.
+"""

@@ -1,0 +1,409 @@
+"""The text models: configuration, encoder, and the classifier whose evidence adds up.
+
+Token embeddings, mlpconv blocks (see `blocks.py`), pooling over tokens, one linear map to classes.
+Because everything after the blocks is linear, the logits of a text are exactly a sum over its
+tokens: that sum's terms are the evidence (`output_evidence=True`).
+
+Importing this module registers the classes with transformers' AutoConfig, AutoModel and
+AutoModelForSequenceClassification. Letters in shapes: see `blocks.py`.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput, can_return_tuple
+
+from nin_text.blocks import Dropout, MLPConv, Rows, max_pool_rows, pooling_weights
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # The paper's CIFAR-10 network carried to one dimension: ReLU everywhere, dropout and max
+    # pooling between blocks, no norm, plain global average pooling.
+    "nin-text-paper": {
+        "embedding_size": 128,
+        "block_channels": [[192, 160, 96], [192, 192, 192], [192, 192, 192]],
+        "kernel_sizes": [[5], [5], [3]],
+        "pool": [True, True, False],
+        "hidden_dropout": 0.5,
+    },
+    "nin-text-small": {
+        "embedding_size": 128,
+        "block_channels": [[128, 256, 128]],
+        "kernel_sizes": [[3]],
+        "residual": True,
+        "norm": True,
+        "pooling": "attention",
+        "hidden_act": "gelu",
+        "embedding_dropout": 0.3,
+        "hidden_dropout": 0.3,
+        "word_dropout": 0.1,
+    },
+    "nin-text-base": {
+        "embedding_size": 192,
+        "block_channels": [[192, 384, 192], [192, 384, 192]],
+        "kernel_sizes": [[3], [3]],
+        "residual": True,
+        "norm": True,
+        "pooling": "attention",
+        "hidden_act": "gelu",
+        "embedding_dropout": 0.3,
+        "hidden_dropout": 0.3,
+        "word_dropout": 0.1,
+    },
+}
+
+
+@strict
+class NiNTextConfig(PreTrainedConfig):
+    """Configuration of the text models.
+
+    Lists have one entry for each block.
+
+    Args:
+        vocab_size: rows of the embedding table.
+        embedding_size: E, width of the token embeddings.
+        block_channels: output channels of each block's spatial convolution and of each 1x1
+            convolution after it; `[[192, 384, 192]]` is one block with two 1x1 convolutions.
+        kernel_sizes: widths of each block's spatial convolution. One width is a plain mlpconv;
+            several are an inception block (parallel widths behind 1x1 reductions).
+        dilations: distance between the taps of each block; 1 everywhere if None.
+        pool: whether max pooling (width 3, stride 2) follows each block; nowhere if None.
+        residual: add each block's input to its output; needs equal channels throughout.
+        norm: layer normalization before each block and after the last.
+        hidden_act: "relu", "gelu" or "silu".
+        pooling: "mean" (global average pooling) or "attention" (a learned weight for each token).
+        word_dropout: probability of hiding a whole token embedding while training.
+        embedding_dropout, hidden_dropout: element dropout after the embeddings and each block.
+        class_weights: factor on the loss of each class; one for each label, or None.
+        label_smoothing: mass of the target spread over all classes (single-label only).
+        pad_token_id: embedding row that stays zero.
+    """
+
+    model_type = "nin_text"
+
+    vocab_size: int = 30_000
+    embedding_size: int = 192
+    block_channels: list[list[int]] = field(default_factory=lambda: [[192, 384, 192]])
+    kernel_sizes: list[list[int]] = field(default_factory=lambda: [[3]])
+    dilations: list[int] | None = None
+    pool: list[bool] | None = None
+    residual: bool = False
+    norm: bool = False
+    hidden_act: Literal["relu", "gelu", "silu"] = "relu"
+    pooling: Literal["mean", "attention"] = "mean"
+    word_dropout: float | int = 0.0
+    embedding_dropout: float | int = 0.0
+    hidden_dropout: float | int = 0.0
+    class_weights: list[float] | None = None
+    label_smoothing: float | int = 0.0
+    pad_token_id: int | None = 0
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.dilations is None:
+            self.dilations = [1] * len(self.block_channels)
+        if self.pool is None:
+            self.pool = [False] * len(self.block_channels)
+        # Other libraries read the width of last_hidden_state under this name.
+        kwargs.pop("hidden_size", None)
+        super().__post_init__(**kwargs)
+
+    @property
+    def hidden_size(self) -> int:
+        """C, the width of `last_hidden_state` and `pooler_output`."""
+        return self.block_channels[-1][-1] if self.block_channels else self.embedding_size
+
+    def validate_architecture(self) -> None:
+        """Refuse sizes that no network can have, before anything is allocated."""
+        blocks = len(self.block_channels)
+        for name in ("kernel_sizes", "dilations", "pool"):
+            values = getattr(self, name)
+            if values is not None and len(values) != blocks:
+                raise ValueError(f"{name} has {len(values)} entries for {blocks} blocks")
+        sizes = [self.vocab_size, self.embedding_size, *(self.dilations or [])]
+        for block in [*self.block_channels, *self.kernel_sizes]:
+            if not block:
+                raise ValueError("every block needs at least one channel count and kernel size")
+            sizes += block
+        if min(sizes) < 1:
+            raise ValueError("vocabulary, channels, kernel sizes and dilations must be positive")
+        for name in ("word_dropout", "embedding_dropout", "hidden_dropout", "label_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), not {getattr(self, name)}")
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> Self:
+        """The configuration of a preset, with any field overridden.
+
+        Raises:
+            ValueError: if there is no preset of that name.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"no preset named {name!r}; there are {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name], **overrides})
+
+
+@dataclass
+class NiNTextModelOutput(BaseModelOutputWithPooling):
+    """Output of the encoder.
+
+    Attributes:
+        last_hidden_state: (B, T, C), zeros at padding.
+        pooler_output: (B, C), the pooled text.
+        pooling_weights: (B, T), the weight of each token in the pooled text.
+    """
+
+    pooling_weights: Tensor | None = None
+
+
+@dataclass
+class NiNTextClassifierOutput(ModelOutput):
+    """Output of the classifier.
+
+    Attributes:
+        loss: scalar, if labels were given.
+        logits: (B, K).
+        evidence: (B, T, K) if asked for; its sum over tokens is the logits.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    evidence: Tensor | None = None
+
+
+class NiNTextPreTrainedModel(PreTrainedModel):
+    """Initialization and loading shared by the text models."""
+
+    config_class = NiNTextConfig
+    base_model_prefix = "nin"
+    accepts_loss_kwargs = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """He initialization, which keeps the variance through deep ReLU stacks.
+
+        The default of transformers, N(0, 0.02), makes a nine-layer ReLU network constant.
+        """
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=1 / math.sqrt(module.embedding_dim))
+            if module.padding_idx is not None:
+                nn.init.zeros_(module.weight[module.padding_idx])
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, (nn.Linear, nn.Conv1d)):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            nn.init.zeros_(module.bias)
+
+
+class NiNTextModel(NiNTextPreTrainedModel):
+    """The encoder: token ids to one vector for each token and one for the text."""
+
+    def __init__(self, config: NiNTextConfig) -> None:
+        super().__init__(config)
+        self.embeddings = nn.Embedding(
+            config.vocab_size, config.embedding_size, padding_idx=config.pad_token_id
+        )
+        inputs = [config.embedding_size, *(c[-1] for c in config.block_channels[:-1])]
+        self.blocks = nn.ModuleList(
+            MLPConv(
+                in_channels,
+                channels,
+                kernel_sizes,
+                dilation=dilation,
+                activation=config.hidden_act,
+                norm=config.norm,
+                residual=config.residual,
+                dropout=config.hidden_dropout,
+            )
+            for in_channels, channels, kernel_sizes, dilation in zip(
+                inputs, config.block_channels, config.kernel_sizes, config.dilations, strict=True
+            )
+        )
+        self.final_norm = nn.LayerNorm(config.hidden_size) if config.norm else nn.Identity()
+        self.attention = nn.Linear(config.hidden_size, 1) if config.pooling == "attention" else None
+        self.embedding_dropout = Dropout(config.embedding_dropout)
+        # What one text must keep from the next: the farthest that any layer reaches, in tokens.
+        gap, self.stride = 1, 1
+        for sizes, dilation, pool in zip(
+            config.kernel_sizes, config.dilations, config.pool, strict=True
+        ):
+            gap = max(gap, self.stride * dilation * (max(sizes) // 2), self.stride * pool)
+            self.stride *= 1 + pool
+        self.gap = math.ceil(gap / self.stride) * self.stride
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.embeddings = value
+
+    def encode(self, input_ids: Tensor, attention_mask: Tensor | None) -> "EncodedRows":
+        """Run embeddings and blocks on a padded batch, computing only its tokens."""
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        layout = Rows.from_attention_mask(attention_mask, self.gap, self.stride)
+        mask = layout.mask  # (N, 1)
+        ids = layout.pack(input_ids, fill=self.config.pad_token_id or 0)  # (N,)
+        x = self.embeddings(ids)  # (N, E)
+        if self.training and self.config.word_dropout:
+            mask_words = torch.rand(len(ids), 1, device=x.device) >= self.config.word_dropout
+            x = x * (mask_words / (1 - self.config.word_dropout))
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = self.embedding_dropout(x)
+        for block, pool in zip(self.blocks, self.config.pool, strict=True):
+            x = block(x, mask.to(x.dtype))  # (N, C); a mask of x's type saves a conversion
+            if pool:
+                x, mask = max_pool_rows(x, mask)  # (N / 2, C), (N / 2, 1)
+        x = self.final_norm(x)
+        scores = None
+        # The pooled sum has one term for each token: bf16 would lose the small ones.
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.float() * mask
+            if self.attention is not None:
+                scores = layout.unpack(self.attention(x), self.stride)[..., 0]  # (B, T)
+            weights = pooling_weights(layout.token_mask, scores)  # (B, T)
+            pooled = pool_rows(x, layout, weights, self.stride)  # (B, C)
+        return EncodedRows(x, layout, weights, pooled)
+
+    @can_return_tuple
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None
+    ) -> NiNTextModelOutput:
+        """Encode texts.
+
+        Args:
+            input_ids: (B, T) token ids, padded on either side.
+            attention_mask: (B, T), 1 for tokens and 0 for padding; all ones if None.
+        """
+        encoded = self.encode(input_ids, attention_mask)
+        return NiNTextModelOutput(
+            last_hidden_state=encoded.layout.unpack(encoded.rows, self.stride),  # (B, T, C)
+            pooler_output=encoded.pooled,
+            pooling_weights=encoded.weights,
+        )
+
+
+@dataclass(frozen=True)
+class EncodedRows:
+    """What the encoder computed, before anything is put back into a padded batch.
+
+    Attributes:
+        rows: (N / stride, C) float32.
+        layout: where the tokens lie.
+        weights: (B, T), the weight of each token in `pooled`.
+        pooled: (B, C) float32.
+    """
+
+    rows: Tensor
+    layout: Rows
+    weights: Tensor
+    pooled: Tensor
+
+
+def pool_rows(x: Tensor, layout: Rows, weights: Tensor, stride: int) -> Tensor:
+    """Weighted sum of the rows of each text: (N / stride, C) and (B, T) to (B, C)."""
+    tokens = layout.token_mask
+    row_weights = x.new_zeros(x.shape[0]).index_add(
+        0, layout.index[tokens] // stride, weights[tokens]
+    )
+    pooled = x.new_zeros(len(weights), x.shape[1])
+    return pooled.index_add(0, layout.text[::stride], x * row_weights[:, None])
+
+
+class NiNTextForSequenceClassification(NiNTextPreTrainedModel):
+    """The encoder and one linear map to the classes."""
+
+    def __init__(self, config: NiNTextConfig) -> None:
+        super().__init__(config)
+        if config.class_weights is not None and len(config.class_weights) != config.num_labels:
+            raise ValueError(
+                f"{len(config.class_weights)} class weights for {config.num_labels} labels"
+            )
+        self.nin = NiNTextModel(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_evidence: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> NiNTextClassifierOutput:
+        """Classify texts.
+
+        Args:
+            input_ids: (B, T) token ids, padded on either side.
+            attention_mask: (B, T), 1 for tokens and 0 for padding; all ones if None.
+            labels: (B,) class indices, or (B, K) zeros and ones if the configuration's
+                `problem_type` is "multi_label_classification".
+            output_evidence: also return what each token adds to each logit.
+            num_items_in_batch: what the summed loss is divided by, if not by this batch alone:
+                the size of the whole batch when gradients are accumulated.
+        """
+        encoded = self.nin.encode(input_ids, attention_mask)
+        with torch.autocast(input_ids.device.type, enabled=False):
+            # The bias is spread over the tokens by their weights, which sum to one. A text without
+            # tokens has no evidence: its logits are zero and its classes equally likely.
+            total = encoded.weights.sum(dim=1, keepdim=True)  # (B, 1)
+            logits = encoded.pooled @ self.classifier.weight.t() + total * self.classifier.bias
+            evidence = None
+            if output_evidence:
+                maps = self.classifier(encoded.rows)  # (N, K): one map for each class
+                maps = encoded.layout.unpack(maps, self.nin.stride)  # (B, T, K)
+                evidence = maps * encoded.weights[..., None]
+            loss = None
+            if labels is not None:
+                loss = classification_loss(logits, labels, self.config, num_items_in_batch)
+        return NiNTextClassifierOutput(loss=loss, logits=logits, evidence=evidence)
+
+
+def classification_loss(
+    logits: Tensor,
+    labels: Tensor,
+    config: NiNTextConfig,
+    num_items_in_batch: Tensor | int | None = None,
+) -> Tensor:
+    """Cross-entropy, or one binary cross-entropy for each class if multi-label.
+
+    Class weights multiply each example's (or each class's) loss; the sum is divided by the number
+    of examples, so that accumulated gradients equal those of the whole batch.
+
+    Args:
+        logits: (B, K).
+        labels: (B,) integers, or (B, K) zeros and ones.
+        config: gives `problem_type`, `class_weights` and `label_smoothing`.
+        num_items_in_batch: number of labels to divide by; this batch's if None.
+    """
+    weight = None if config.class_weights is None else logits.new_tensor(config.class_weights)
+    if config.problem_type == "multi_label_classification":
+        loss = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none")
+        loss = (loss if weight is None else loss * weight).sum()
+    else:
+        loss = F.cross_entropy(
+            logits, labels, weight, reduction="sum", label_smoothing=config.label_smoothing
+        )
+    return loss / (labels.numel() if num_items_in_batch is None else num_items_in_batch)
+
+
+AutoConfig.register(NiNTextConfig.model_type, NiNTextConfig, exist_ok=True)
+AutoModel.register(NiNTextConfig, NiNTextModel, exist_ok=True)
+AutoModelForSequenceClassification.register(
+    NiNTextConfig, NiNTextForSequenceClassification, exist_ok=True
+)

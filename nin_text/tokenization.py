@@ -1,0 +1,211 @@
+"""Tokenizers: train one on the training texts, or take any Hugging Face tokenizer.
+
+Trained tokenizers are built with the `tokenizers` library and saved as an ordinary
+`PreTrainedTokenizerFast`, so `AutoTokenizer.from_pretrained` loads them without this package.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from nin_text.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+PAD, UNK, MASK = "[PAD]", "[UNK]", "[MASK]"
+SPECIAL_TOKENS = [PAD, UNK, MASK]
+KINDS = ("wordpiece", "bpe", "word")
+CONTINUATION = "##"
+
+# Characters beyond the most frequent ones become [UNK]: a text in every script of Unicode must
+# not spend the vocabulary on single letters.
+MAX_ALPHABET = 1000
+MAX_WORD_CHARACTERS = 100
+UNLIMITED = int(1e30)  # what transformers itself writes for "no limit"
+
+
+def cache_dir() -> Path:
+    """Where trained tokenizers are kept: `NIN_TEXT_CACHE`, or `~/.cache/nin-text`."""
+    return Path(os.environ.get("NIN_TEXT_CACHE") or Path.home() / ".cache" / "nin-text")
+
+
+def train_tokenizer(
+    texts: Sequence[str],
+    *,
+    kind: str = "wordpiece",
+    vocab_size: int = 30_000,
+    min_frequency: int = 2,
+    lowercase: bool = True,
+) -> PreTrainedTokenizerFast:
+    """Train a tokenizer; equal texts and options give an equal tokenizer in every process.
+
+    Text is normalized (NFKC, HTML line breaks to spaces, lower case if asked) and split into runs
+    of word characters and runs of punctuation. No special tokens are added around a text.
+
+    Args:
+        texts: the training texts.
+        kind: "wordpiece", "bpe" or "word".
+        vocab_size: most tokens that the vocabulary may hold, special tokens included.
+        min_frequency: tokens seen less often are left out.
+        lowercase: fold case.
+
+    Raises:
+        ValueError: if `kind` is unknown.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"unknown tokenizer kind {kind!r}; there are {', '.join(KINDS)}")
+    steps = [normalizers.Replace(Regex(r"<br\s*/?>"), " "), normalizers.NFKC()]
+    normalizer = normalizers.Sequence(steps + [normalizers.Lowercase()] * lowercase)
+    options = {"vocab_size": vocab_size, "min_frequency": min_frequency, "show_progress": False}
+    if kind == "word":
+        tokenizer = Tokenizer(models.WordLevel(unk_token=UNK))
+        trainer = trainers.WordLevelTrainer(special_tokens=SPECIAL_TOKENS, **options)
+    elif kind == "bpe":
+        tokenizer = Tokenizer(models.BPE(unk_token=UNK))
+        trainer = trainers.BpeTrainer(
+            special_tokens=SPECIAL_TOKENS, limit_alphabet=MAX_ALPHABET, **options
+        )
+    else:
+        alphabet = _alphabet(texts, normalizer)
+        tokenizer = Tokenizer(models.WordPiece(unk_token=UNK))
+        trainer = trainers.WordPieceTrainer(
+            # Continuation letters get their ids in hash order, which changes from process to
+            # process and breaks ties between merges. As special tokens they come in ours.
+            special_tokens=SPECIAL_TOKENS + [CONTINUATION + letter for letter in alphabet],
+            limit_alphabet=len(alphabet),
+            **options,
+        )
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.train_from_iterator(texts, trainer)
+    if kind == "wordpiece":
+        tokenizer = _with_sorted_wordpieces(tokenizer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        unk_token=UNK,
+        mask_token=MASK,
+        model_input_names=["input_ids", "attention_mask"],
+        model_max_length=UNLIMITED,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _alphabet(texts: Iterable[str], normalizer: normalizers.Normalizer) -> list[str]:
+    """The most frequent characters after normalization, most frequent first."""
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(text)
+    normalized: Counter[str] = Counter()
+    for character, count in counts.items():
+        for letter in normalizer.normalize_str(character):
+            if not letter.isspace():
+                normalized[letter] += count
+    ranked = sorted(normalized, key=lambda letter: (-normalized[letter], letter))
+    return ranked[:MAX_ALPHABET]
+
+
+def _with_sorted_wordpieces(trained: Tokenizer) -> Tokenizer:
+    """The same tokenizer with ids in alphabetical order and nothing special but three tokens."""
+    words = sorted(set(trained.get_vocab()) - set(SPECIAL_TOKENS))
+    vocabulary = {token: i for i, token in enumerate(SPECIAL_TOKENS + words)}
+    model = models.WordPiece(
+        vocabulary, unk_token=UNK, max_input_chars_per_word=MAX_WORD_CHARACTERS
+    )
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = trained.normalizer
+    tokenizer.pre_tokenizer = trained.pre_tokenizer
+    return tokenizer
+
+
+def cached_tokenizer(texts: Sequence[str], **options: object) -> PreTrainedTokenizerFast:
+    """`train_tokenizer`, kept in `cache_dir()` under a hash of the texts and the options."""
+    digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
+    for text in texts:
+        digest.update(text.encode("utf-8", "surrogatepass"))
+        digest.update(b"\0")
+    folder = cache_dir() / "tokenizers" / digest.hexdigest()[:32]
+    if (folder / "tokenizer.json").is_file():
+        try:
+            logger.info("tokenizer: from the cache")
+            return PreTrainedTokenizerFast.from_pretrained(folder)
+        except Exception:  # a damaged cache entry is trained anew
+            logger.warning("the cached tokenizer in %s cannot be read; training it again", folder)
+    tokenizer = train_tokenizer(texts, **options)  # type: ignore[arg-type]
+    try:
+        aside = folder.with_name(f"{folder.name}.{os.getpid()}")
+        tokenizer.save_pretrained(aside)
+        if folder.exists():
+            _remove(folder)
+        aside.rename(folder)
+    except OSError as error:
+        logger.warning("the tokenizer could not be cached in %s: %s", folder, error)
+    return tokenizer
+
+
+def _remove(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """A tokenizer by hub id or folder.
+
+    Raises:
+        UserError: if there is none, or it cannot be fetched.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:
+        raise UserError(
+            f"no tokenizer could be loaded from {name!r} ({_first_line(error)}); give a folder "
+            f"that holds a tokenizer.json, the id of a model on the Hugging Face hub, or one of "
+            f"{', '.join(KINDS)} to train one"
+        ) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def clean(text: str) -> str:
+    """Replace what no tokenizer accepts: lone surrogates become U+FFFD."""
+    return text.encode("utf-8", "replace").decode() if _SURROGATE.search(text) else text
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int | None = None
+) -> list[list[int]]:
+    """Token ids of each text, cut to `max_length` tokens; a text without any becomes [UNK].
+
+    Args:
+        tokenizer: any Hugging Face tokenizer.
+        texts: any strings.
+        max_length: longest list returned; None keeps everything.
+    """
+    limit = min(max_length or UNLIMITED, tokenizer.model_max_length)
+    cut = {"truncation": True, "max_length": limit} if limit < UNLIMITED else {}
+    fallback = tokenizer.unk_token_id if tokenizer.unk_token_id is not None else 0
+    ids: list[list[int]] = []
+    for start in range(0, len(texts), 4096):
+        batch = [clean(text) for text in texts[start : start + 4096]]
+        encoded = tokenizer(batch, return_attention_mask=False, verbose=False, **cut)
+        ids += [row or [fallback] for row in encoded["input_ids"]]
+    return ids

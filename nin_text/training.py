@@ -1,0 +1,380 @@
+"""One way to train: the Hugging Face Trainer, with batches bounded in tokens and averaged weights.
+
+NiN models and transformers go through the same code, so that a comparison compares models.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import math
+import platform
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from nin_text.errors import UserError
+from nin_text.evaluation import pad, predict_logits, softmax
+
+logger = logging.getLogger(__name__)
+
+AVERAGE_FILE = "averaged.safetensors"
+COMPLETE_FILE = "complete.json"  # written last: a checkpoint without it was cut short
+
+
+class EncodedTexts(Dataset):
+    """Token ids and labels, each text as long as it is."""
+
+    def __init__(self, rows: Sequence[np.ndarray], labels: Sequence[int]) -> None:
+        self.rows = rows
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
+        return self.rows[i], self.labels[i]
+
+
+class TokenBatchSampler(Sampler[list[int]]):
+    """Random batches of about `batch_tokens` tokens and at most about `batch_size` texts.
+
+    Every epoch has the same number of batches, which learning rate schedules and resumed runs rely
+    on: the shuffled texts are cut at equal shares of the epoch's work, so a batch is over its
+    bound by at most one text.
+
+    Args:
+        lengths: tokens of each text.
+        batch_tokens, batch_size: bounds on a batch.
+        seed: with the epoch, decides the order.
+        similar_lengths: put texts of similar length together, for models that compute padding.
+            NiN does not and trains better on batches drawn at random.
+        multiple_of: round the number of batches up to a multiple (of the number of processes).
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        batch_tokens: int,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        similar_lengths: bool = False,
+        multiple_of: int = 1,
+    ) -> None:
+        self.lengths = np.asarray(lengths)
+        self.work = np.maximum(self.lengths / batch_tokens, 1 / batch_size)
+        batches = math.ceil(round(self.work.sum(), 6) / multiple_of) * multiple_of
+        self.batches = max(1, min(batches, len(self.lengths)))
+        self.seed = seed
+        self.similar_lengths = similar_lengths
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the next pass."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rng = np.random.default_rng((self.seed, self.epoch))
+        order = rng.permutation(len(self.lengths))
+        if self.similar_lengths:
+            order = order[np.argsort(self.lengths[order], kind="stable")]
+        middle = np.cumsum(self.work[order]) - self.work[order] / 2
+        bounds = np.linspace(0, self.work.sum(), self.batches + 1)[1:-1]
+        batches = [b for b in np.split(order, np.searchsorted(middle, bounds)) if True]
+        for i in rng.permutation(self.batches):
+            yield batches[i].tolist()
+
+
+class WeightAverage(TrainerCallback):
+    """Exponential moving average of the weights, updated after every optimizer step."""
+
+    def __init__(self, model: torch.nn.Module, decay: float) -> None:
+        self.averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+        self.averaged.module.eval()
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):  # type: ignore[no-untyped-def]
+        self.averaged.update_parameters(model)
+
+    def save(self, path: Path) -> None:
+        save_file({k: v.contiguous() for k, v in self.averaged.state_dict().items()}, path)
+
+    def load(self, path: Path) -> None:
+        self.averaged.load_state_dict(load_file(path))
+
+
+class ProgressBar(TrainerCallback):
+    """One bar for the whole training, with the loss and the validation accuracy."""
+
+    def __init__(self) -> None:
+        self.bar: tqdm | None = None
+        self.shown: dict[str, str] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        self.bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc="training",
+            unit="step",
+            file=sys.stderr,
+            dynamic_ncols=True,
+            mininterval=0.5,
+        )
+
+    def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):  # type: ignore[no-untyped-def]
+        for key, name in (("loss", "loss"), ("eval_accuracy", "validation accuracy")):
+            if logs and key in logs:
+                self.shown[name] = f"{logs[key]:.3f}"
+        if self.bar is not None:
+            self.bar.set_postfix(self.shown)
+
+    def on_train_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        if self.bar is not None:
+            self.bar.close()
+
+
+class StopOnNaN(TrainerCallback):
+    """A loss that is not a number never recovers; stop while the last good checkpoint is there."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs and not math.isfinite(logs.get("loss", 0.0)):
+            raise UserError(
+                f"the loss became {logs['loss']} by step {state.global_step}; lower "
+                f"--learning-rate (now {args.learning_rate:g}) or use --precision fp32. The last "
+                f"good checkpoint, if there is one, is in {args.output_dir}"
+            )
+
+
+class TextTrainer(Trainer):
+    """Trainer with token-bounded batches, averaged weights and checkpoints that are whole."""
+
+    def __init__(
+        self,
+        *,
+        pad_token_id: int,
+        batch_tokens: int,
+        similar_lengths: bool,
+        ema_decay: float,
+        patience: int,
+        **kwargs: Any,
+    ) -> None:
+        self.pad_token_id = pad_token_id
+        self.batch_tokens = batch_tokens
+        self.similar_lengths = similar_lengths
+        super().__init__(data_collator=self.collate, **kwargs)
+        self.remove_callback(PrinterCallback)
+        self.average = WeightAverage(self.model, ema_decay) if ema_decay else None
+        for callback in (self.average, ProgressBar(), StopOnNaN()):
+            if callback is not None:
+                self.add_callback(callback)
+        self.add_callback(EarlyStoppingCallback(early_stopping_patience=patience))
+
+    def collate(self, examples: Sequence[tuple[np.ndarray, int]]) -> dict[str, torch.Tensor]:
+        """A padded batch with its labels."""
+        rows, labels = zip(*examples, strict=True)
+        input_ids, attention_mask = pad(rows, self.pad_token_id)
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "labels": torch.tensor(labels),
+        }
+
+    def get_train_dataloader(self) -> DataLoader:
+        sampler = TokenBatchSampler(
+            [len(row) for row in self.train_dataset.rows],
+            self.batch_tokens,
+            self.args.train_batch_size,
+            seed=self.args.seed,
+            similar_lengths=self.similar_lengths,
+            multiple_of=self.args.world_size,
+        )
+        loader = DataLoader(self.train_dataset, batch_sampler=sampler, collate_fn=self.collate)
+        return self.accelerator.prepare(loader)
+
+    @property
+    def best_model(self) -> PreTrainedModel:
+        """The model to judge and to save: the averaged weights if there are any."""
+        return self.model if self.average is None else self.average.averaged.module
+
+    def logits(self, dataset: EncodedTexts, progress: str | None = None) -> np.ndarray:
+        """(n, K) logits of `best_model`."""
+        return predict_logits(
+            self.best_model,
+            dataset.rows,
+            pad_token_id=self.pad_token_id,
+            batch_tokens=2 * self.batch_tokens,
+            autocast=torch.bfloat16 if self.args.bf16 else None,
+            progress=progress,
+        )
+
+    def evaluate(  # type: ignore[override]
+        self,
+        eval_dataset: EncodedTexts | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        dataset = eval_dataset or self.eval_dataset
+        truth = np.asarray(dataset.labels)
+        logits = self.logits(dataset)
+        picked = softmax(logits)[np.arange(len(truth)), truth]
+        metrics = {
+            f"{metric_key_prefix}_accuracy": float((logits.argmax(axis=1) == truth).mean()),
+            f"{metric_key_prefix}_loss": float(-np.log(np.maximum(picked, 1e-12)).mean()),
+        }
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            if self.average is not None:
+                self.average.save(folder / AVERAGE_FILE)
+            (folder / COMPLETE_FILE).write_text(json.dumps({"step": self.state.global_step}))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.average is not None:
+            self.average.load(Path(resume_from_checkpoint) / AVERAGE_FILE)
+
+    def _load_best_model(self) -> None:
+        if self.average is None:
+            super()._load_best_model()
+        else:
+            self.average.load(Path(self.state.best_model_checkpoint) / AVERAGE_FILE)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint in a folder; those that were cut short are removed."""
+    whole: list[tuple[int, Path]] = []
+    for path in folder.glob("checkpoint-*"):
+        if (path / COMPLETE_FILE).is_file():
+            whole.append((int(path.name.rpartition("-")[2]), path))
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+    return max(whole)[1] if whole else None
+
+
+def training_arguments(
+    folder: Path,
+    *,
+    epochs: int,
+    batch_size: int,
+    gradient_accumulation: int,
+    learning_rate: float,
+    weight_decay: float,
+    warmup: float,
+    seed: int,
+    bf16: bool,
+    device: torch.device,
+) -> TrainingArguments:
+    """The Trainer's arguments for a run: evaluate, log and save once an epoch."""
+    return TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=epochs,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=gradient_accumulation,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        warmup_steps=warmup,
+        lr_scheduler_type="linear",
+        adam_beta2=0.98,
+        optim="adamw_torch_fused",
+        max_grad_norm=1.0,
+        seed=seed,
+        bf16=bf16,
+        use_cpu=device.type == "cpu",
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="accuracy",
+        greater_is_better=True,
+        logging_steps=10,
+        logging_nan_inf_filter=False,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        report_to="none",
+        dataloader_pin_memory=device.type == "cuda",
+        # The sampler already gives every process equally many batches.
+        accelerator_config={"even_batches": False},
+    )
+
+
+def pick_device(name: str) -> torch.device:
+    """The device to compute on.
+
+    Raises:
+        UserError: if there is no such device.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except Exception as error:
+        raise UserError(f"there is no device {name!r} here; use --device cpu or auto") from error
+    return device
+
+
+def use_bf16(precision: str, device: torch.device) -> bool:
+    """Whether to multiply in bfloat16: if asked for, or if the processor does so natively."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep freed buffers instead of handing them back at once.
+
+    Every layer frees and allocates buffers of many megabytes. glibc returns such buffers to the
+    system, which clears them page by page when they are asked for again; on a CPU that takes as
+    long as the arithmetic. Elsewhere than on glibc this does nothing.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    libc = ctypes.CDLL(None)
+    m_trim_threshold, m_mmap_threshold = -1, -3
+    libc.mallopt(m_mmap_threshold, 2**30)
+    libc.mallopt(m_trim_threshold, 2**31 - 1)

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -266,9 +267,7 @@ class MLPConv(nn.Module):
             dilation=dilation,
             activation=activation,
         )
-        self.pointwise = nn.ModuleList(
-            nn.Linear(i, o) for i, o in zip(channels[:-1], channels[1:], strict=True)
-        )
+        self.pointwise = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(channels))
         self.act = ACTIVATIONS[activation]()
         self.dropout = Dropout(dropout)
 

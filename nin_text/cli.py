@@ -1,4 +1,4 @@
-"""What the scripts share: one JSON line on standard output, one sentence for a user's mistake."""
+"""What the scripts share: JSON on standard output, one sentence for a user's mistake."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
 
 from nin_text.errors import UserError
+
+# Raised as plain RuntimeErrors and the like by the libraries that write weights.
+DISK_FULL = ("No space left on device", "PytorchStreamWriter failed", "Disk quota exceeded")
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR, errno.EISDIR)
 
 
 def parser(description: str, examples: str) -> argparse.ArgumentParser:
@@ -26,47 +30,65 @@ def parser(description: str, examples: str) -> argparse.ArgumentParser:
 
 
 def set_up_logging(*, quiet: bool, verbose: bool) -> None:
-    """Our messages to standard error; those of the libraries underneath only if asked for."""
-    level = logging.ERROR if quiet else logging.INFO
+    """Our messages to standard error; those of the libraries underneath only if asked for.
+
+    To be called before anything heavy is imported: the libraries read their settings then.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("nin_text").setLevel(logging.DEBUG if verbose else level)
+    if quiet:
+        os.environ["TQDM_DISABLE"] = "1"  # any value, even 0, disables
+    level = logging.DEBUG if verbose else logging.ERROR if quiet else logging.INFO
+    logging.getLogger("nin_text").setLevel(level)
     if not verbose:
         warnings.simplefilter("ignore")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         for name in ("transformers", "datasets", "huggingface_hub", "accelerate", "torch"):
             logging.getLogger(name).setLevel(logging.ERROR)
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        os.environ.setdefault("TQDM_DISABLE", "1" if quiet else "0")
 
 
-def run(work: Callable[[], Any]) -> None:
-    """Call `work`, print what it returns as one JSON line on standard output, and exit.
+def run(work: Callable[[], dict[str, Any] | Iterator[dict[str, Any]]]) -> None:
+    """Call `work` and print each dict that it returns or yields as one JSON line.
 
-    Whatever anything else prints goes to standard error. Exit status: 0, 2 for a user's mistake
-    or a full disk (one sentence, no traceback), 130 after Ctrl-C.
+    Only these lines go to standard output; whatever else is printed goes to standard error. Exit
+    status: 0; 2 for a user's mistake, a full disk or too little memory (one sentence, no
+    traceback); 130 after Ctrl-C.
     """
     stdout, sys.stdout = sys.stdout, sys.stderr
     try:
-        result = work()
+        results = work()
+        for result in [results] if isinstance(results, dict) else results:
+            print(json.dumps(result, ensure_ascii=False), file=stdout, flush=True)
     except UserError as error:
         _fail(str(error))
     except KeyboardInterrupt:
         _fail("interrupted", status=130)
-    except OSError as error:
-        if error.errno not in (
-            errno.ENOSPC,
-            errno.EACCES,
-            errno.EROFS,
-            errno.EDQUOT,
-            errno.ENOTDIR,
-        ):
+    except BrokenPipeError:
+        # Whoever read our output has seen enough; closing it again at exit must not fail.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except Exception as error:
+        message = _resource_message(error)
+        if message is None:
             raise
-        _fail(f"{error.strerror}: {error.filename or 'while writing'}")
+        _fail(message)
     finally:
         sys.stdout = stdout
-    if result is not None:
-        print(json.dumps(result), flush=True)
 
 
-def _fail(message: str, status: int = 2) -> None:
+def _resource_message(error: Exception) -> str | None:
+    """One sentence if the machine lacks disk, permission or memory; None for anything else."""
+    text = str(error)
+    if any(sign in text for sign in DISK_FULL):
+        return f"the disk is full ({' '.join(text.split())[:160]}); make room and use --resume"
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        return f"cannot write or read {error.filename or 'a file'}: {error.strerror}"
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return "there is too little memory; lower --batch-tokens or --max-length"
+    if "DefaultCPUAllocator" in text:  # torch's word for the same on a CPU
+        return "there is too little memory; lower --batch-tokens or --max-length"
+    return None
+
+
+def _fail(message: str, status: int = 2) -> NoReturn:
     print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(status)

@@ -163,6 +163,57 @@ def load_text_dataset(
     return TextDataset(name, raw.source, label_names, splits, notes)
 
 
+def load_split(
+    name: str,
+    split: str,
+    label_names: Sequence[str],
+    *,
+    data_dir: Path | None = None,
+    text_column: str | None = None,
+    label_column: str | None = None,
+    drop_empty: bool = False,
+    limit: int | None = None,
+) -> tuple[Split, str, list[str]]:
+    """One split of a data set, labelled with the class indices of a trained model.
+
+    Args:
+        name: as for `load_text_dataset`; of a single file, all rows are taken.
+        split: "train", "validation" or "test".
+        label_names: the model's class names by index.
+        data_dir, text_column, label_column, drop_empty, limit: as for `load_text_dataset`.
+
+    Returns:
+        The split, where it was found, and notes.
+
+    Raises:
+        UserError: also if the data has a class that the model does not know.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        notes: list[str] = []
+        columns = None if text_column is None else (text_column,)
+        table = readers.read_file(path)
+        texts, labels = _columns(table, path.name, columns, label_column, drop_empty, notes)
+        _check_present({path.name: (texts, labels)})
+        part = Split(texts, _label_indices(labels, label_names, path.name))
+        return (part if limit is None else _subset(part, limit)), str(path), notes
+    data = load_text_dataset(
+        name,
+        data_dir=data_dir,
+        text_column=text_column,
+        label_column=label_column,
+        drop_empty=drop_empty,
+        limit=limit,
+    )
+    part = data.splits[split]
+    if data.label_names != list(label_names):
+        part = Split(
+            part.texts,
+            _label_indices([data.label_names[label] for label in part.labels], label_names, split),
+        )
+    return part, data.source, data.notes
+
+
 # ---- finding -----------------------------------------------------------------------------------
 
 
@@ -383,13 +434,7 @@ def _label_key(value: Any) -> int | str:
 
 def _label_names(raw: _Raw, columns: dict[str, tuple[list[str], list[Any] | None]]) -> list[str]:
     """Class names by index, from the data set or from the labels of the training split."""
-    for split, (_, labels) in columns.items():
-        bad = [i for i, label in enumerate(labels or []) if _is_empty(label)]
-        if bad:
-            raise UserError(
-                f"{len(bad)} of {len(labels or [])} labels of the {split} split are missing or "
-                f"NaN (the first in row {bad[0] + 1}); correct these rows or leave them out"
-            )
+    _check_present(columns)
     reference = columns.get("train") or next(iter(columns.values()))
     keys = {_label_key(label) for label in reference[1] or []}
     if raw.label_names and keys <= set(range(len(raw.label_names))):
@@ -399,7 +444,18 @@ def _label_names(raw: _Raw, columns: dict[str, tuple[list[str], list[Any] | None
     return [str(key) for key in [*numbers, *words]]
 
 
-def _label_indices(labels: list[Any] | None, names: list[str], split: str) -> list[int]:
+def _check_present(columns: dict[str, tuple[list[str], list[Any] | None]]) -> None:
+    for split, (_, labels) in columns.items():
+        bad = [i for i, label in enumerate(labels or []) if _is_empty(label)]
+        if bad:
+            raise UserError(
+                f"{len(bad)} of {len(labels or [])} labels of the {split} split are missing or "
+                f"NaN (the first in row {bad[0] + 1}); correct these rows or leave them out"
+            )
+
+
+def _label_indices(labels: list[Any] | None, names: Sequence[str], split: str) -> list[int]:
+    """Class indices from labels that are names, indices, or either as text."""
     index = {name: i for i, name in enumerate(names)}
     if labels is None:
         return []
@@ -413,7 +469,7 @@ def _label_indices(labels: list[Any] | None, names: list[str], split: str) -> li
         else:
             raise UserError(
                 f"the {split} split has the label {label!r} (row {row + 1}), which is not among "
-                f"those of the training split: {', '.join(map(repr, names[:20]))}"
+                f"the classes trained on: {', '.join(map(repr, names[:20]))}"
             )
     return result
 

@@ -73,7 +73,13 @@ def predict_logits(
     was_training = model.training
     model.eval()
     logits: np.ndarray | None = None
-    bar = tqdm(total=len(rows), desc=progress, disable=progress is None, unit="texts", leave=False)
+    bar = tqdm(
+        total=len(rows),
+        desc=progress,
+        disable=None if progress else True,
+        unit="texts",
+        leave=False,
+    )
     with torch.inference_mode(), bar:
         for batch in batches_by_length([len(row) for row in rows], batch_tokens):
             input_ids, attention_mask = pad([rows[i] for i in batch], pad_token_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,9 +15,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from nin_text.configuration import PRESETS, NiNTextConfig
 from nin_text.errors import UserError
 from nin_text.options import TrainOptions
-from nin_text.text import PRESETS, NiNTextConfig, NiNTextForSequenceClassification
+from nin_text.text import NiNTextForSequenceClassification
 from nin_text.tokenization import KINDS, cached_tokenizer, load_tokenizer
 
 
@@ -117,3 +119,11 @@ def _cannot_load(name: str, error: Exception) -> str:
         f"no model could be loaded from {name!r} ({reason}); give one of {', '.join(PRESETS)}, "
         f"a model folder, or the id of a model on the Hugging Face hub"
     )
+
+
+def trained_max_length(folder: str) -> int | None:
+    """The length to which a run cut its training texts; None if it did not, or is no run."""
+    try:
+        return json.loads((Path(folder) / "options.json").read_text(encoding="utf-8"))["max_length"]
+    except (OSError, ValueError, KeyError):
+        return None

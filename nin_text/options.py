@@ -7,13 +7,40 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nin_text.errors import UserError
+
 PRESET_NAMES = ("nin-text-paper", "nin-text-small", "nin-text-base")
+
+PRECISIONS = ("auto", "bf16", "fp32")
+MODEL_HELP = "run folder, or the hub id of any sequence classifier"
+PRECISION_HELP = "bf16, fp32, or auto for bf16 where the processor multiplies it natively"
+
+# Lowest and highest value that each option may have.
+RANGES: dict[str, tuple[float, float]] = {
+    "limit": (1, math.inf),
+    "vocab_size": (100, math.inf),
+    "max_length": (0, math.inf),
+    "word_dropout": (0, 0.99),
+    "dropout": (0, 0.99),
+    "label_smoothing": (0, 0.99),
+    "epochs": (1, math.inf),
+    "learning_rate": (1e-12, 10),
+    "weight_decay": (0, 10),
+    "warmup": (0, 0.99),
+    "batch_size": (1, math.inf),
+    "batch_tokens": (1, math.inf),
+    "gradient_accumulation": (1, math.inf),
+    "ema_decay": (0, 0.999999),
+    "patience": (1, math.inf),
+    "seed": (0, 2**32 - 1),
+}
 
 # What training does unless told otherwise, found on validation splits. The first entry applies to
 # every data set; a data set's own entry overrides it. "transformer" applies to models from outside.
@@ -113,14 +140,60 @@ class TrainOptions(CommonOptions, DataOptions):
     gradient_accumulation: int = option("batches for each optimizer step", 1)
     ema_decay: float | None = option("decay of the averaged weights (0: no averaging)")
     patience: int | None = option("stop after this many epochs without a better validation score")
-    precision: str = option(
-        "bf16, fp32, or auto for bf16 where the processor multiplies it natively",
-        "auto",
-        choices=("auto", "bf16", "fp32"),
-    )
+    precision: str = option(PRECISION_HELP, "auto", choices=PRECISIONS)
     seed: int = option("seed of the weights, the batches and dropout", 0)
     output_dir: Path | None = option("run folder (default: runs/<dataset>-<model>-seed<seed>)")
     resume: bool = option("continue the run in the output folder from its last checkpoint", False)
+
+
+@dataclass
+class EvaluateOptions(CommonOptions, DataOptions):
+    """How a saved model is evaluated."""
+
+    model: str = option(MODEL_HELP, required=True, metavar="FOLDER")
+    split: str = option(
+        "split to evaluate on; of a single file, all rows are used",
+        "test",
+        choices=("train", "validation", "test"),
+    )
+    max_length: int | None = option("cut texts to this many tokens (default: as in training)")
+    batch_tokens: int = option("most tokens in a batch, padding included", 32_768)
+    precision: str = option(PRECISION_HELP, "auto", choices=PRECISIONS)
+    output_dir: Path | None = option("also write metrics.json and confusion.png to this folder")
+
+
+@dataclass
+class PredictOptions(CommonOptions):
+    """How new texts are classified."""
+
+    model: str = option(MODEL_HELP, required=True, metavar="FOLDER")
+    file: Path | None = option(
+        "texts to classify: .txt with one on each line, or CSV, TSV, JSONL, Parquet"
+    )
+    text_column: str | None = option("column that holds the text (default: guessed)")
+    limit: int | None = option("classify at most this many texts", metavar="N")
+    max_length: int | None = option("cut texts to this many tokens (default: as in training)")
+    batch_tokens: int = option("most tokens in a batch, padding included", 32_768)
+    precision: str = option(PRECISION_HELP, "fp32", choices=PRECISIONS)
+    explain: bool = option(
+        "show each text on standard error with its tokens coloured by their evidence (green: for "
+        "the answer, red: against it), and add the evidence to the JSON",
+        False,
+    )
+
+
+def check(options: CommonOptions) -> None:
+    """Refuse values that no run can have.
+
+    Raises:
+        UserError: naming the option, its value and what is allowed.
+    """
+    for name, (low, high) in RANGES.items():
+        value = getattr(options, name, None)
+        if value is not None and not low <= value <= high:
+            flag = "--" + name.replace("_", "-")
+            limits = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+            raise UserError(f"{flag} must be {limits}, not {value:g}")
 
 
 def with_recipe(options: TrainOptions) -> TrainOptions:
@@ -144,7 +217,9 @@ def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
             kind = next(part for part in kind.__args__ if part is not type(None))
         flag = "--" + spec.name.replace("_", "-")
         text = arguments.pop("help")
-        if spec.default is None and "default" not in text:
+        if arguments.get("required"):
+            text += " (required)"
+        elif spec.default is None and "default" not in text:
             recipe = RECIPES["default"].get(spec.name, "unset")
             text += f" (default: {recipe}{', unless the recipe differs' * (recipe != 'unset')})"
         elif spec.default is not None and kind is not bool:

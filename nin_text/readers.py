@@ -94,6 +94,20 @@ def _decode(raw: bytes, path: Path) -> str:
         ) from error
 
 
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file, without their ends; lines without any text are left out.
+
+    Raises:
+        UserError: if the file is missing, empty or not text.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no file {path}")
+    lines = [line for line in _decode(path.read_bytes(), path).splitlines() if line.strip()]
+    if not lines:
+        raise UserError(f"{path} is empty")
+    return lines
+
+
 def _read_json(text: str, path: Path) -> Table:
     if text.lstrip().startswith("["):
         rows = json.loads(text)

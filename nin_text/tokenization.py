@@ -11,11 +11,14 @@ import json
 import logging
 import os
 import re
+import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from nin_text.errors import UserError
@@ -32,6 +35,8 @@ CONTINUATION = "##"
 MAX_ALPHABET = 1000
 MAX_WORD_CHARACTERS = 100
 UNLIMITED = int(1e30)  # what transformers itself writes for "no limit"
+CACHE_FORMAT = 1  # to be raised when equal texts no longer give an equal tokenizer
+CHUNK = 4096  # texts handed to the tokenizer at once
 
 
 def cache_dir() -> Path:
@@ -64,6 +69,7 @@ def train_tokenizer(
     """
     if kind not in KINDS:
         raise ValueError(f"unknown tokenizer kind {kind!r}; there are {', '.join(KINDS)}")
+    texts = [clean(text) for text in texts]
     steps = [normalizers.Replace(Regex(r"<br\s*/?>"), " "), normalizers.NFKC()]
     normalizer = normalizers.Sequence(steps + [normalizers.Lowercase()] * lowercase)
     options = {"vocab_size": vocab_size, "min_frequency": min_frequency, "show_progress": False}
@@ -130,7 +136,7 @@ def _with_sorted_wordpieces(trained: Tokenizer) -> Tokenizer:
 
 def cached_tokenizer(texts: Sequence[str], **options: object) -> PreTrainedTokenizerFast:
     """`train_tokenizer`, kept in `cache_dir()` under a hash of the texts and the options."""
-    digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps([CACHE_FORMAT, options], sort_keys=True).encode())
     for text in texts:
         digest.update(text.encode("utf-8", "surrogatepass"))
         digest.update(b"\0")
@@ -146,17 +152,11 @@ def cached_tokenizer(texts: Sequence[str], **options: object) -> PreTrainedToken
         aside = folder.with_name(f"{folder.name}.{os.getpid()}")
         tokenizer.save_pretrained(aside)
         if folder.exists():
-            _remove(folder)
+            shutil.rmtree(folder)
         aside.rename(folder)
     except OSError as error:
         logger.warning("the tokenizer could not be cached in %s: %s", folder, error)
     return tokenizer
-
-
-def _remove(folder: Path) -> None:
-    for path in folder.iterdir():
-        path.unlink()
-    folder.rmdir()
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -191,21 +191,34 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int | None = None
-) -> list[list[int]]:
-    """Token ids of each text, cut to `max_length` tokens; a text without any becomes [UNK].
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    max_length: int | None = None,
+    progress: str | None = None,
+) -> list[np.ndarray]:
+    """Token ids (int32) of each text; a text without any becomes [UNK].
 
     Args:
         tokenizer: any Hugging Face tokenizer.
         texts: any strings.
-        max_length: longest list returned; None keeps everything.
+        max_length: cut texts to this many tokens; None or 0 keeps everything.
+        progress: title of a progress bar, or None for no bar.
     """
     limit = min(max_length or UNLIMITED, tokenizer.model_max_length)
     cut = {"truncation": True, "max_length": limit} if limit < UNLIMITED else {}
     fallback = tokenizer.unk_token_id if tokenizer.unk_token_id is not None else 0
-    ids: list[list[int]] = []
-    for start in range(0, len(texts), 4096):
-        batch = [clean(text) for text in texts[start : start + 4096]]
-        encoded = tokenizer(batch, return_attention_mask=False, verbose=False, **cut)
-        ids += [row or [fallback] for row in encoded["input_ids"]]
+    ids: list[np.ndarray] = []
+    bar = tqdm(
+        total=len(texts),
+        desc=progress,
+        disable=None if progress else True,
+        unit="texts",
+        leave=False,
+    )
+    with bar:
+        for start in range(0, len(texts), CHUNK):
+            batch = [clean(text) for text in texts[start : start + CHUNK]]
+            encoded = tokenizer(batch, return_attention_mask=False, verbose=False, **cut)
+            ids += [np.asarray(row or [fallback], dtype=np.int32) for row in encoded["input_ids"]]
+            bar.update(len(batch))
     return ids

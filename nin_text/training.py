@@ -12,6 +12,7 @@ import math
 import platform
 import shutil
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,7 @@ class TokenBatchSampler(Sampler[list[int]]):
             order = order[np.argsort(self.lengths[order], kind="stable")]
         middle = np.cumsum(self.work[order]) - self.work[order] / 2
         bounds = np.linspace(0, self.work.sum(), self.batches + 1)[1:-1]
-        batches = [b for b in np.split(order, np.searchsorted(middle, bounds)) if True]
+        batches = np.split(order, np.searchsorted(middle, bounds))
         for i in rng.permutation(self.batches):
             yield batches[i].tolist()
 
@@ -127,37 +128,42 @@ class WeightAverage(TrainerCallback):
 
 
 class ProgressBar(TrainerCallback):
-    """One bar for the whole training, with the loss and the validation accuracy."""
+    """One bar for the whole training, and a line for each epoch."""
 
     def __init__(self) -> None:
         self.bar: tqdm | None = None
-        self.shown: dict[str, str] = {}
+        self.loss = math.nan
 
     def on_train_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
         self.bar = tqdm(
+            desc="training",
             total=state.max_steps,
             initial=state.global_step,
-            desc="training",
             unit="step",
             file=sys.stderr,
             dynamic_ncols=True,
-            mininterval=0.5,
+            # Where nobody watches (a log file), a bar would fill the file.
+            mininterval=0.5 if sys.stderr.isatty() else 30,
+            disable=not logger.isEnabledFor(logging.INFO),
         )
 
     def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
-        if self.bar is not None:
-            self.bar.update(state.global_step - self.bar.n)
+        self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args, state, control, logs=None, **kwargs):  # type: ignore[no-untyped-def]
-        for key, name in (("loss", "loss"), ("eval_accuracy", "validation accuracy")):
-            if logs and key in logs:
-                self.shown[name] = f"{logs[key]:.3f}"
-        if self.bar is not None:
-            self.bar.set_postfix(self.shown)
+        self.loss = (logs or {}).get("loss", self.loss)
+        self.bar.set_postfix({"loss": f"{self.loss:.3f}"}, refresh=False)
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):  # type: ignore[no-untyped-def]
+        line = (
+            f"epoch {round(state.epoch)}/{args.num_train_epochs:.0f}: loss {self.loss:.3f}, "
+            f"validation accuracy {metrics['eval_accuracy']:.4f}"
+        )
+        with tqdm.external_write_mode(sys.stderr):
+            logger.info(line)
 
     def on_train_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
-        if self.bar is not None:
-            self.bar.close()
+        self.bar.close()
 
 
 class StopOnNaN(TrainerCallback):
@@ -171,9 +177,10 @@ class StopOnNaN(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if logs and not math.isfinite(logs.get("loss", 0.0)):
+        losses = [(logs or {}).get(name, 0.0) for name in ("loss", "train_loss", "eval_loss")]
+        if not all(math.isfinite(loss) for loss in losses):
             raise UserError(
-                f"the loss became {logs['loss']} by step {state.global_step}; lower "
+                f"the loss is no longer a number by step {state.global_step}; lower "
                 f"--learning-rate (now {args.learning_rate:g}) or use --precision fp32. The last "
                 f"good checkpoint, if there is one, is in {args.output_dir}"
             )
@@ -195,6 +202,7 @@ class TextTrainer(Trainer):
         self.pad_token_id = pad_token_id
         self.batch_tokens = batch_tokens
         self.similar_lengths = similar_lengths
+        self.seconds = self.seconds_before = 0.0
         super().__init__(data_collator=self.collate, **kwargs)
         self.remove_callback(PrinterCallback)
         self.average = WeightAverage(self.model, ema_decay) if ema_decay else None
@@ -229,6 +237,18 @@ class TextTrainer(Trainer):
     def best_model(self) -> PreTrainedModel:
         """The model to judge and to save: the averaged weights if there are any."""
         return self.model if self.average is None else self.average.averaged.module
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer.train; `seconds` tells afterwards how long it took."""
+        self.clock = time.perf_counter()
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.seconds = self._elapsed()
+
+    def _elapsed(self) -> float:
+        """Seconds of training up to now, those before a resumed checkpoint included."""
+        return self.seconds_before + time.perf_counter() - self.clock
 
     def logits(self, dataset: EncodedTexts, progress: str | None = None) -> np.ndarray:
         """(n, K) logits of `best_model`."""
@@ -267,10 +287,13 @@ class TextTrainer(Trainer):
         if self.args.should_save:
             if self.average is not None:
                 self.average.save(folder / AVERAGE_FILE)
-            (folder / COMPLETE_FILE).write_text(json.dumps({"step": self.state.global_step}))
+            record = {"step": self.state.global_step, "seconds": self._elapsed()}
+            (folder / COMPLETE_FILE).write_text(json.dumps(record))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        record = json.loads((Path(resume_from_checkpoint) / COMPLETE_FILE).read_text())
+        self.seconds_before = record["seconds"]
         if self.average is not None:
             self.average.load(Path(resume_from_checkpoint) / AVERAGE_FILE)
 

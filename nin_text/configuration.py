@@ -1,0 +1,141 @@
+"""Configuration of the text models, and the presets.
+
+Importing this module registers the configuration with transformers' AutoConfig; no torch is needed.
+There is no `from __future__ import annotations` here: `strict` reads the types of the fields, and a
+Literal that has become a string would not be checked.
+"""
+
+from dataclasses import field
+from typing import Any, Literal, Self
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.models.auto.configuration_auto import AutoConfig
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # The paper's CIFAR-10 network carried to one dimension: ReLU everywhere, dropout and max
+    # pooling between blocks, no norm, plain global average pooling.
+    "nin-text-paper": {
+        "embedding_size": 128,
+        "block_channels": [[192, 160, 96], [192, 192, 192], [192, 192, 192]],
+        "kernel_sizes": [[5], [5], [3]],
+        "pool": [True, True, False],
+        "hidden_dropout": 0.5,
+    },
+    "nin-text-small": {
+        "embedding_size": 128,
+        "block_channels": [[128, 256, 128]],
+        "kernel_sizes": [[3]],
+        "residual": True,
+        "norm": True,
+        "pooling": "attention",
+        "hidden_act": "gelu",
+        "embedding_dropout": 0.3,
+        "hidden_dropout": 0.3,
+        "word_dropout": 0.1,
+    },
+    "nin-text-base": {
+        "embedding_size": 192,
+        "block_channels": [[192, 384, 192], [192, 384, 192]],
+        "kernel_sizes": [[3], [3]],
+        "residual": True,
+        "norm": True,
+        "pooling": "attention",
+        "hidden_act": "gelu",
+        "embedding_dropout": 0.3,
+        "hidden_dropout": 0.3,
+        "word_dropout": 0.1,
+    },
+}
+
+
+@strict
+class NiNTextConfig(PreTrainedConfig):
+    """Configuration of the text models.
+
+    Lists have one entry for each block.
+
+    Args:
+        vocab_size: rows of the embedding table.
+        embedding_size: E, width of the token embeddings.
+        block_channels: output channels of each block's spatial convolution and of each 1x1
+            convolution after it; `[[192, 384, 192]]` is one block with two 1x1 convolutions.
+        kernel_sizes: widths of each block's spatial convolution. One width is a plain mlpconv;
+            several are an inception block (parallel widths behind 1x1 reductions).
+        dilations: distance between the taps of each block; 1 everywhere if None.
+        pool: whether max pooling (width 3, stride 2) follows each block; nowhere if None.
+        residual: add each block's input to its output; needs equal channels throughout.
+        norm: layer normalization before each block and after the last.
+        hidden_act: "relu", "gelu" or "silu".
+        pooling: "mean" (global average pooling) or "attention" (a learned weight for each token).
+        word_dropout: probability of hiding a whole token embedding while training.
+        embedding_dropout, hidden_dropout: element dropout after the embeddings and each block.
+        class_weights: factor on the loss of each class; one for each label, or None.
+        label_smoothing: mass of the target spread over all classes (single-label only).
+        pad_token_id: embedding row that stays zero.
+    """
+
+    model_type = "nin_text"
+
+    vocab_size: int = 30_000
+    embedding_size: int = 192
+    block_channels: list[list[int]] = field(default_factory=lambda: [[192, 384, 192]])
+    kernel_sizes: list[list[int]] = field(default_factory=lambda: [[3]])
+    dilations: list[int] | None = None
+    pool: list[bool] | None = None
+    residual: bool = False
+    norm: bool = False
+    hidden_act: Literal["relu", "gelu", "silu"] = "relu"
+    pooling: Literal["mean", "attention"] = "mean"
+    word_dropout: float | int = 0.0
+    embedding_dropout: float | int = 0.0
+    hidden_dropout: float | int = 0.0
+    class_weights: list[float] | None = None
+    label_smoothing: float | int = 0.0
+    pad_token_id: int | None = 0
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.dilations is None:
+            self.dilations = [1] * len(self.block_channels)
+        if self.pool is None:
+            self.pool = [False] * len(self.block_channels)
+        # Other libraries read the width of last_hidden_state under this name.
+        kwargs.pop("hidden_size", None)
+        super().__post_init__(**kwargs)
+
+    @property
+    def hidden_size(self) -> int:
+        """C, the width of `last_hidden_state` and `pooler_output`."""
+        return self.block_channels[-1][-1] if self.block_channels else self.embedding_size
+
+    def validate_architecture(self) -> None:
+        """Refuse sizes that no network can have, before anything is allocated."""
+        blocks = len(self.block_channels)
+        for name in ("kernel_sizes", "dilations", "pool"):
+            values = getattr(self, name)
+            if values is not None and len(values) != blocks:
+                raise ValueError(f"{name} has {len(values)} entries for {blocks} blocks")
+        sizes = [self.vocab_size, self.embedding_size, *(self.dilations or [])]
+        for block in [*self.block_channels, *self.kernel_sizes]:
+            if not block:
+                raise ValueError("every block needs at least one channel count and kernel size")
+            sizes += block
+        if min(sizes) < 1:
+            raise ValueError("vocabulary, channels, kernel sizes and dilations must be positive")
+        for name in ("word_dropout", "embedding_dropout", "hidden_dropout", "label_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), not {getattr(self, name)}")
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> Self:
+        """The configuration of a preset, with any field overridden.
+
+        Raises:
+            ValueError: if there is no preset of that name.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"no preset named {name!r}; there are {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name], **overrides})
+
+
+AutoConfig.register(NiNTextConfig.model_type, NiNTextConfig, exist_ok=True)

@@ -1,0 +1,31 @@
+"""Train a text classifier, evaluate it, and leave everything about it in a run folder."""
+
+from typing import Any
+
+from nin_text import cli
+from nin_text.options import TrainOptions, add_options, parse_options
+
+EXAMPLES = """\
+  python scripts/train_text.py                                   # built-in reviews, a minute
+  python scripts/train_text.py --dataset imdb --seed 1
+  python scripts/train_text.py --dataset my.csv --text-column body --label-column topic
+  python scripts/train_text.py --dataset trec --model distilbert-base-uncased
+"""
+
+
+def main() -> None:
+    parser = cli.parser(__doc__, EXAMPLES)
+    add_options(parser, TrainOptions)
+    options = parse_options(TrainOptions, parser.parse_args())
+    cli.set_up_logging(quiet=options.quiet, verbose=options.verbose)
+
+    def work() -> dict[str, Any]:
+        from nin_text.runs import train_text  # imports torch: seconds that --help must not take
+
+        return train_text(options)
+
+    cli.run(work)
+
+
+if __name__ == "__main__":
+    main()

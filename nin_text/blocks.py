@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -111,8 +112,8 @@ def convolve(conv: nn.Conv1d | nn.Conv2d, x: Tensor, mask: Tensor | None = None)
     n = x.shape[0]
     x = F.pad(x, (0, 0, reach // 2, reach - reach // 2))  # (N + reach, C)
     weight = conv.weight.to(x.dtype)  # (C_out, C, taps)
-    bias = conv.bias.to(x.dtype)
-    y = torch.addmm(bias, x[:n], weight[:, :, 0].t())  # (N, C_out)
+    assert conv.bias is not None
+    y = torch.addmm(conv.bias.to(x.dtype), x[:n], weight[:, :, 0].t())  # (N, C_out)
     for tap in range(1, taps):
         start = tap * dilation
         y = torch.addmm(y, x[start : start + n], weight[:, :, tap].t())
@@ -208,12 +209,13 @@ class SpatialConv(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(..., in_channels) to (..., out_channels); see `convolve` for the layouts."""
+        convs = cast(Sequence[nn.Conv1d | nn.Conv2d], self.convs)
         if self.reductions is None:
-            return convolve(self.convs[0], x, mask)
+            return convolve(convs[0], x, mask)
         return torch.cat(
             [
                 convolve(conv, self.act(reduce(x)), mask)
-                for reduce, conv in zip(self.reductions, self.convs, strict=True)
+                for reduce, conv in zip(self.reductions, convs, strict=True)
             ],
             dim=-1,
         )

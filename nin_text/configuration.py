@@ -62,8 +62,8 @@ class NiNTextConfig(PreTrainedConfig):
             convolution after it; `[[192, 384, 192]]` is one block with two 1x1 convolutions.
         kernel_sizes: widths of each block's spatial convolution. One width is a plain mlpconv;
             several are an inception block (parallel widths behind 1x1 reductions).
-        dilations: distance between the taps of each block; 1 everywhere if None.
-        pool: whether max pooling (width 3, stride 2) follows each block; nowhere if None.
+        dilations: distance between the taps of each block; 1 everywhere if empty.
+        pool: whether max pooling (width 3, stride 2) follows each block; nowhere if empty.
         residual: add each block's input to its output; needs equal channels throughout.
         norm: layer normalization before each block and after the last.
         hidden_act: "relu", "gelu" or "silu".
@@ -81,8 +81,8 @@ class NiNTextConfig(PreTrainedConfig):
     embedding_size: int = 192
     block_channels: list[list[int]] = field(default_factory=lambda: [[192, 384, 192]])
     kernel_sizes: list[list[int]] = field(default_factory=lambda: [[3]])
-    dilations: list[int] | None = None
-    pool: list[bool] | None = None
+    dilations: list[int] = field(default_factory=list)
+    pool: list[bool] = field(default_factory=list)
     residual: bool = False
     norm: bool = False
     hidden_act: Literal["relu", "gelu", "silu"] = "relu"
@@ -95,9 +95,9 @@ class NiNTextConfig(PreTrainedConfig):
     pad_token_id: int | None = 0
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.dilations is None:
+        if not self.dilations:
             self.dilations = [1] * len(self.block_channels)
-        if self.pool is None:
+        if not self.pool:
             self.pool = [False] * len(self.block_channels)
         # Other libraries read the width of last_hidden_state under this name.
         kwargs.pop("hidden_size", None)
@@ -112,10 +112,10 @@ class NiNTextConfig(PreTrainedConfig):
         """Refuse sizes that no network can have, before anything is allocated."""
         blocks = len(self.block_channels)
         for name in ("kernel_sizes", "dilations", "pool"):
-            values = getattr(self, name)
-            if values is not None and len(values) != blocks:
-                raise ValueError(f"{name} has {len(values)} entries for {blocks} blocks")
-        sizes = [self.vocab_size, self.embedding_size, *(self.dilations or [])]
+            entries = len(getattr(self, name))
+            if entries != blocks:
+                raise ValueError(f"{name} has {entries} entries for {blocks} blocks")
+        sizes = [self.vocab_size, self.embedding_size, *self.dilations]
         for block in [*self.block_channels, *self.kernel_sizes]:
             if not block:
                 raise ValueError("every block needs at least one channel count and kernel size")

@@ -219,8 +219,10 @@ def load_split(
 
 def _find(name: str, data_dir: Path | None) -> _Raw:
     if name in demo_data.LABELS:
-        splits = demo_data.generate(name)
-        tables = {s: {"text": texts, "label": labels} for s, (texts, labels) in splits.items()}
+        tables: dict[str, Table] = {
+            part: {"text": list(texts), "label": list(labels)}
+            for part, (texts, labels) in demo_data.generate(name).items()
+        }
         return _Raw("generated", tables, ("text",), "label", demo_data.LABELS[name])
     if name in KNOWN:
         return _find_known(name, data_dir)

@@ -43,7 +43,7 @@ def build(
     if options.model not in PRESETS:
         return _from_outside(options.model, names)
     if options.tokenizer in KINDS:
-        tokenizer = cached_tokenizer(
+        tokenizer: PreTrainedTokenizerBase = cached_tokenizer(
             texts,
             kind=options.tokenizer,
             vocab_size=options.vocab_size,
@@ -119,6 +119,11 @@ def _cannot_load(name: str, error: Exception) -> str:
         f"no model could be loaded from {name!r} ({reason}); give one of {', '.join(PRESETS)}, "
         f"a model folder, or the id of a model on the Hugging Face hub"
     )
+
+
+def label_names(model: PreTrainedModel) -> list[str]:
+    """Class names by index."""
+    return [str(name) for _, name in sorted(dict(model.config.id2label or {}).items())]
 
 
 def trained_max_length(folder: str) -> int | None:

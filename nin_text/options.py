@@ -53,7 +53,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "batch_size": 64,
         "batch_tokens": 16_384,
         "vocab_size": 30_000,
-        "max_length": None,
+        "max_length": 0,
         "ema_decay": 0.99,
         "patience": 3,
         "label_smoothing": 0.0,
@@ -108,7 +108,10 @@ class CommonOptions:
 
 @dataclass
 class TrainOptions(CommonOptions, DataOptions):
-    """How a text classifier is trained. None means: as the recipe says (see RECIPES)."""
+    """How a text classifier is trained.
+
+    What is None until `with_recipe` fills it in is left to the recipe (see RECIPES).
+    """
 
     model: str = option(
         f"preset ({', '.join(PRESET_NAMES)}), or the hub id or folder of any Hugging Face "
@@ -119,9 +122,9 @@ class TrainOptions(CommonOptions, DataOptions):
         "wordpiece, bpe or word to train one on the training split, or a hub id or folder",
         "wordpiece",
     )
-    vocab_size: int | None = option("most tokens in a trained vocabulary")
+    vocab_size: int = option("most tokens in a trained vocabulary")
     lowercase: bool = option("fold case in a trained tokenizer", True)
-    max_length: int | None = option("cut texts to this many tokens (0: never)")
+    max_length: int = option("cut texts to this many tokens (0: never)")
     pooling: str | None = option(
         "mean or attention (default: the preset's)", choices=("mean", "attention")
     )
@@ -130,16 +133,16 @@ class TrainOptions(CommonOptions, DataOptions):
     class_weights: str = option(
         "none, or balanced to weigh rare classes up", "none", choices=("none", "balanced")
     )
-    label_smoothing: float | None = option("mass of the target spread over all classes")
-    epochs: int | None = option("passes over the training split")
-    learning_rate: float | None = option("peak learning rate of AdamW")
-    weight_decay: float | None = option("weight decay of AdamW")
-    warmup: float | None = option("share of the steps in which the learning rate rises")
-    batch_size: int | None = option("most texts in a batch")
-    batch_tokens: int | None = option("most tokens in a batch, give or take one text")
+    label_smoothing: float = option("mass of the target spread over all classes")
+    epochs: int = option("passes over the training split")
+    learning_rate: float = option("peak learning rate of AdamW")
+    weight_decay: float = option("weight decay of AdamW")
+    warmup: float = option("share of the steps in which the learning rate rises")
+    batch_size: int = option("most texts in a batch")
+    batch_tokens: int = option("most tokens in a batch, give or take one text")
     gradient_accumulation: int = option("batches for each optimizer step", 1)
-    ema_decay: float | None = option("decay of the averaged weights (0: no averaging)")
-    patience: int | None = option("stop after this many epochs without a better validation score")
+    ema_decay: float = option("decay of the averaged weights (0: no averaging)")
+    patience: int = option("stop after this many epochs without a better validation score")
     precision: str = option(PRECISION_HELP, "auto", choices=PRECISIONS)
     seed: int = option("seed of the weights, the batches and dropout", 0)
     output_dir: Path | None = option("run folder (default: runs/<dataset>-<model>-seed<seed>)")

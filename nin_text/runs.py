@@ -103,7 +103,7 @@ def train_text(options: TrainOptions) -> dict[str, Any]:
     except KeyboardInterrupt:
         logger.error("stopped; the same command with --resume goes on from the last whole epoch")
         raise
-    metrics = {
+    metrics: dict[str, Any] = {
         "dataset": options.dataset,
         "data_source": dataset.source,
         "data_fingerprint": dataset.fingerprint(),
@@ -307,9 +307,9 @@ def _load_model(
     model, tokenizer = models.load(options.model)
     if options.max_length is None:
         options.max_length = models.trained_max_length(options.model)
-    names = [model.config.id2label[i] for i in range(model.config.num_labels)]
     bf16 = use_bf16(options.precision, device)
-    return model.to(device), tokenizer, names, torch.bfloat16 if bf16 else None
+    model.to(device)  # type: ignore[arg-type]
+    return model, tokenizer, models.label_names(model), torch.bfloat16 if bf16 else None
 
 
 def evaluate_text(options: EvaluateOptions) -> dict[str, Any]:
@@ -406,13 +406,13 @@ def predict_text(options: PredictOptions, texts: Iterable[str] | None) -> Iterat
                     name: round(float(p), 6) for name, p in zip(names, probabilities, strict=True)
                 },
             }
-            if options.explain:
+            if isinstance(model, NiNTextForSequenceClassification) and options.explain:
                 result["evidence"] = _explain(model, tokenizer, text, answer, names, options)
             yield result
 
 
 def _explain(
-    model: PreTrainedModel,
+    model: NiNTextForSequenceClassification,
     tokenizer: PreTrainedTokenizerBase,
     text: str,
     answer: int,

@@ -57,6 +57,7 @@ class NiNTextClassifierOutput(ModelOutput):
 class NiNTextPreTrainedModel(PreTrainedModel):
     """Initialization and loading shared by the text models."""
 
+    config: NiNTextConfig
     config_class = NiNTextConfig
     base_model_prefix = "nin"
     accepts_loss_kwargs = True
@@ -76,7 +77,8 @@ class NiNTextPreTrainedModel(PreTrainedModel):
             nn.init.zeros_(module.bias)
         elif isinstance(module, (nn.Linear, nn.Conv1d)):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
 
 class NiNTextModel(NiNTextPreTrainedModel):
@@ -119,7 +121,8 @@ class NiNTextModel(NiNTextPreTrainedModel):
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embeddings
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        assert isinstance(value, nn.Embedding)
         self.embeddings = value
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor | None) -> "EncodedRows":
@@ -201,12 +204,11 @@ class NiNTextForSequenceClassification(NiNTextPreTrainedModel):
 
     def __init__(self, config: NiNTextConfig) -> None:
         super().__init__(config)
-        if config.class_weights is not None and len(config.class_weights) != config.num_labels:
-            raise ValueError(
-                f"{len(config.class_weights)} class weights for {config.num_labels} labels"
-            )
+        classes = config.num_labels or 0
+        if config.class_weights is not None and len(config.class_weights) != classes:
+            raise ValueError(f"{len(config.class_weights)} class weights for {classes} labels")
         self.nin = NiNTextModel(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(config.hidden_size, classes)
         self.post_init()
 
     @can_return_tuple

@@ -15,6 +15,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
@@ -72,7 +73,12 @@ def train_tokenizer(
     texts = [clean(text) for text in texts]
     steps = [normalizers.Replace(Regex(r"<br\s*/?>"), " "), normalizers.NFKC()]
     normalizer = normalizers.Sequence(steps + [normalizers.Lowercase()] * lowercase)
-    options = {"vocab_size": vocab_size, "min_frequency": min_frequency, "show_progress": False}
+    options: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "min_frequency": min_frequency,
+        "show_progress": False,
+    }
+    trainer: trainers.Trainer
     if kind == "word":
         tokenizer = Tokenizer(models.WordLevel(unk_token=UNK))
         trainer = trainers.WordLevelTrainer(special_tokens=SPECIAL_TOKENS, **options)

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -131,11 +131,10 @@ class ProgressBar(TrainerCallback):
     """One bar for the whole training, and a line for each epoch."""
 
     def __init__(self) -> None:
-        self.bar: tqdm | None = None
         self.loss = math.nan
 
     def on_train_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
-        self.bar = tqdm(
+        self.bar: tqdm[None] = tqdm(
             desc="training",
             total=state.max_steps,
             initial=state.global_step,
@@ -189,6 +188,10 @@ class StopOnNaN(TrainerCallback):
 class TextTrainer(Trainer):
     """Trainer with token-bounded batches, averaged weights and checkpoints that are whole."""
 
+    model: PreTrainedModel
+    train_dataset: EncodedTexts
+    eval_dataset: EncodedTexts
+
     def __init__(
         self,
         *,
@@ -236,7 +239,9 @@ class TextTrainer(Trainer):
     @property
     def best_model(self) -> PreTrainedModel:
         """The model to judge and to save: the averaged weights if there are any."""
-        return self.model if self.average is None else self.average.averaged.module
+        if self.average is None:
+            return self.model
+        return cast(PreTrainedModel, self.average.averaged.module)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer.train; `seconds` tells afterwards how long it took."""
@@ -283,7 +288,7 @@ class TextTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        folder = Path(cast(str, self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             if self.average is not None:
                 self.average.save(folder / AVERAGE_FILE)
@@ -298,6 +303,7 @@ class TextTrainer(Trainer):
             self.average.load(Path(resume_from_checkpoint) / AVERAGE_FILE)
 
     def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
         if self.average is None:
             super()._load_best_model()
         else:

@@ -1,5 +1,6 @@
 """Classify texts: arguments, a file, or the lines of standard input; one JSON object for each."""
 
+import io
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -31,7 +32,8 @@ def main() -> None:
         if texts is None and options.file is None:
             if sys.stdin.isatty():
                 print("reading texts from the keyboard, one a line", file=sys.stderr)
-            texts = (line.rstrip("\n") for line in open(0, encoding="utf-8", errors="replace"))
+            lines = io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8", errors="replace")
+            texts = (line.rstrip("\n") for line in lines)
         return predict_text(options, texts)
 
     cli.run(work)

@@ -63,7 +63,11 @@ class Rows:
         ends = spans.cumsum(0)
         rank = token_mask.cumsum(1) - 1  # (B, T), the place of each token in its own text
         index = ((ends - spans)[:, None] + rank).masked_fill(~token_mask, 0)
+        # Few different sizes: batch after batch then fits into the memory that the last one freed.
         total = int(ends[-1])
+        granule = max(stride, 1 << max(0, total.bit_length() - 6))  # adds 3 % at most
+        total = -(-total // granule) * granule
+        spans[-1] += total - int(ends[-1])
         mask = torch.zeros(total, 1, dtype=torch.bool, device=token_mask.device)
         mask[index[token_mask]] = True
         text = torch.arange(len(spans), device=spans.device).repeat_interleave(

@@ -106,11 +106,13 @@ class NiNTextConfig(PreTrainedConfig):
     @property
     def hidden_size(self) -> int:
         """C, the width of `last_hidden_state` and `pooler_output`."""
-        return self.block_channels[-1][-1] if self.block_channels else self.embedding_size
+        return self.block_channels[-1][-1]
 
     def validate_architecture(self) -> None:
         """Refuse sizes that no network can have, before anything is allocated."""
         blocks = len(self.block_channels)
+        if blocks == 0:
+            raise ValueError("block_channels is empty; there must be at least one block")
         for name in ("kernel_sizes", "dilations", "pool"):
             entries = len(getattr(self, name))
             if entries != blocks:

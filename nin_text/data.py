@@ -301,8 +301,8 @@ def _from_disk(folder: Path) -> _Raw:
 def _from_hub(hub_id: str, places: list[str]) -> _Raw:
     """Load a data set from the Hugging Face hub or its local cache."""
     advice = (
-        f"looked in {', '.join(places)}; put the data set there as train.parquet and "
-        f"test.parquet (columns text and label)"
+        f"looked in {', '.join(places)}; put train.parquet and test.parquet (columns text and "
+        f"label) there, or name the folder above it with --data-dir or NIN_TEXT_DATA"
         if places
         else "give the path of a local copy"
     )

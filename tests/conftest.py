@@ -1,0 +1,108 @@
+"""Fixtures shared by the tests: nothing here, or in any test, writes outside tmp_path."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
+
+
+@pytest.fixture(autouse=True)
+def private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NIN_TEXT_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def real_data(monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = os.environ.get("NIN_TEXT_DATA")
+    if not folder:
+        pytest.skip("NIN_TEXT_DATA is not set: the folder that holds the real data sets")
+    # Scripts run in another working directory.
+    monkeypatch.setenv("NIN_TEXT_DATA", str(Path(folder).resolve()))
+    return Path(folder).resolve()
+
+
+class Finished:
+    """A script that has come to its end."""
+
+    def __init__(self, process: subprocess.CompletedProcess[str]) -> None:
+        self.status = process.returncode
+        self.out = process.stdout
+        self.err = process.stderr
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        """Standard output, which is JSON on every line and nothing else."""
+        return [json.loads(line) for line in self.out.splitlines()]
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """The one line of a script that succeeded."""
+        assert self.status == 0, self.err
+        (line,) = self.lines
+        return line
+
+    @property
+    def complaint(self) -> str:
+        """The one sentence of a script that was refused."""
+        assert self.status == 2, (self.status, self.err)
+        assert "Traceback" not in self.err
+        assert self.out == ""
+        last = self.err.strip().splitlines()[-1]
+        assert last.startswith("error: "), self.err
+        return last.removeprefix("error: ")
+
+
+Script = Callable[..., Finished]
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Script:
+    """Run scripts/<name>.py with arguments in tmp_path, as a user would."""
+
+    def run(
+        name: str, *arguments: object, stdin: str | None = None, **environment: str
+    ) -> Finished:
+        return Finished(
+            subprocess.run(
+                [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *map(str, arguments)],
+                cwd=tmp_path,
+                env={**os.environ, **environment},
+                input=stdin,
+                stdin=subprocess.DEVNULL if stdin is None else None,
+                capture_output=True,
+                text=True,
+                encoding="utf-8",
+                timeout=280,
+                check=False,
+            )
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of a small classifier of the built-in reviews, trained once by the script."""
+    place = tmp_path_factory.mktemp("trained")
+    folder = place / "run"
+    subprocess.run(
+        [
+            *(sys.executable, ROOT / "scripts" / "train_text.py", "--model", "nin-text-small"),
+            *("--epochs", "4", "--output-dir", folder, "--quiet"),
+        ],
+        cwd=place,
+        env={**os.environ, "NIN_TEXT_CACHE": str(place / "cache")},
+        check=True,
+        stdout=(place / "stdout").open("w"),
+    )
+    return folder

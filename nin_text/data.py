@@ -7,8 +7,9 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,13 +110,14 @@ class TextDataset:
 
 @dataclass
 class _Raw:
-    """Tables as found, before labels have become indices."""
+    """A data set as found: what reads the table of each split, and what is known about it."""
 
     source: str
-    tables: dict[str, Table]
+    tables: dict[str, Callable[[], Table]]
     text_columns: tuple[str, ...] = ()
     label_column: str | None = None
     label_names: Sequence[str] | None = None
+    train_rows: int = 0  # of the whole data set, of which this may be a part
     notes: list[str] = field(default_factory=list)
 
 
@@ -127,6 +129,7 @@ def load_text_dataset(
     label_column: str | None = None,
     drop_empty: bool = False,
     limit: int | None = None,
+    unsupervised: bool = False,
 ) -> TextDataset:
     """Find and read a data set, and make the splits that it does not bring.
 
@@ -136,6 +139,7 @@ def load_text_dataset(
         text_column, label_column: columns to use; guessed from their names if None.
         drop_empty: leave out rows whose text is empty or missing instead of refusing them.
         limit: keep this many examples of each split, drawn with a fixed seed.
+        unsupervised: also read the unlabelled texts, where there are any.
 
     Raises:
         UserError: whatever is wrong with the data, in one sentence.
@@ -148,8 +152,12 @@ def load_text_dataset(
     label_column = label_column or raw.label_column
     columns: dict[str, tuple[list[str], list[Any] | None]] = {}
     notes = list(raw.notes)
-    for split, table in raw.tables.items():
-        columns[split] = _columns(table, split, texts_from, label_column, drop_empty, notes)
+    for split, read in raw.tables.items():
+        if split != "unsupervised" or unsupervised:
+            columns[split] = _columns(read(), split, texts_from, label_column, drop_empty, notes)
+    rows = len(columns["train"][0]) if "train" in columns else 0
+    if rows < raw.train_rows:
+        notes.append(f"partial training set: {rows:,} of the {raw.train_rows:,} rows of {name}")
     label_names = _label_names(raw, columns)
     splits = {
         split: Split(texts, _label_indices(labels, label_names, split))
@@ -219,8 +227,8 @@ def load_split(
 
 def _find(name: str, data_dir: Path | None) -> _Raw:
     if name in demo_data.LABELS:
-        tables: dict[str, Table] = {
-            part: {"text": list(texts), "label": list(labels)}
+        tables: dict[str, Callable[[], Table]] = {
+            part: partial(dict, text=texts, label=labels)
             for part, (texts, labels) in demo_data.generate(name).items()
         }
         return _Raw("generated", tables, ("text",), "label", demo_data.LABELS[name])
@@ -230,7 +238,7 @@ def _find(name: str, data_dir: Path | None) -> _Raw:
     if path.is_dir():
         return _read_folder(path)
     if path.exists():
-        return _Raw(str(path), {"train": readers.read_file(path)})
+        return _Raw(str(path), {"train": partial(readers.read_file, path)})
     if readers.suffix_of(path) in readers.SUFFIXES or name.startswith((".", "/", "~")):
         raise UserError(f"there is no file or folder {name}")
     if name.count("/") != 1:
@@ -249,11 +257,7 @@ def _find_known(name: str, data_dir: Path | None) -> _Raw:
         if place.is_dir():
             raw = _read_folder(place)
             raw.label_names = raw.label_names or known.labels
-            train = len(next(iter(raw.tables.get("train", {"": []}).values())))
-            if train < known.train_rows:
-                raw.notes.append(
-                    f"partial training set: {train:,} of the {known.train_rows:,} rows of {name}"
-                )
+            raw.train_rows = known.train_rows
             return raw
     raw = _from_hub(known.hub_id, [str(place) for place in places])
     raw.text_columns = known.text_columns
@@ -269,7 +273,7 @@ def _read_folder(folder: Path) -> _Raw:
     if files:
         raw = _Raw(str(folder), {})
         for split, paths in files.items():
-            raw.tables[split] = readers.read_file(paths[0])
+            raw.tables[split] = partial(readers.read_file, paths[0])
             if len(paths) > 1:
                 others = ", ".join(path.name for path in paths[1:])
                 logger.info("%s: %s is used, not %s", folder, paths[0].name, others)
@@ -283,9 +287,11 @@ def _read_folder(folder: Path) -> _Raw:
         if (folder / name).is_dir()
     }
     if parts:  # aclImdb and its like: train/<class>/*.txt
-        tables = {split: readers.read_class_folders(part) for split, part in parts.items()}
-        return _Raw(str(folder), tables)
-    return _Raw(str(folder), {"train": readers.read_class_folders(folder)})
+        return _Raw(
+            str(folder),
+            {split: partial(readers.read_class_folders, part) for split, part in parts.items()},
+        )
+    return _Raw(str(folder), {"train": partial(readers.read_class_folders, folder)})
 
 
 def _from_disk(folder: Path) -> _Raw:
@@ -358,7 +364,7 @@ def _from_datasets(loaded: Any, source: str) -> _Raw:
     for split, names in readers.SPLIT_NAMES.items():
         for name in names:
             if name in parts and split not in raw.tables:
-                raw.tables[split] = parts[name].to_dict()
+                raw.tables[split] = parts[name].to_dict
     if not raw.tables:
         raise UserError(f"{source} has no split named train or test, only {', '.join(parts)}")
     features = next(iter(parts.values())).features

@@ -188,7 +188,8 @@ from transformers import AutoModelForSequenceClassification
 torch.manual_seed(12345)
 model = AutoModelForSequenceClassification.from_pretrained(sys.argv[1]).eval()
 ids = torch.tensor(json.loads(sys.argv[2]))
-print(json.dumps([type(model).__name__, model(ids).logits.tolist(), dict(model.config.id2label)[1]]))
+logits, names = model(ids).logits.tolist(), dict(model.config.id2label)
+print(json.dumps([type(model).__name__, logits, names[1]]))
 """
 
 

@@ -1,0 +1,286 @@
+"""From --dataset to splits: found in the places promised, carved alike every time."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import datasets
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nin_text.data import KNOWN, load_split, load_text_dataset, stratified
+from nin_text.errors import UserError
+
+
+def frame(n: int, start: int = 0, labels: tuple = (0, 1)) -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "text": [f"text number {i}" for i in range(start, start + n)],
+            "label": [labels[i % len(labels)] for i in range(n)],
+        }
+    )
+
+
+@pytest.fixture
+def imdb(tmp_path: Path) -> Path:
+    """A folder of known data sets that holds a part of one."""
+    folder = tmp_path / "datasets" / "imdb"
+    folder.mkdir(parents=True)
+    frame(40).to_parquet(folder / "train.parquet")
+    frame(10, 100).to_parquet(folder / "test.parquet")
+    frame(7, 200, labels=(-1,)).to_parquet(folder / "unsupervised.parquet")
+    return folder.parent
+
+
+def sizes(dataset) -> dict[str, int]:
+    return {split: len(part) for split, part in dataset.splits.items()}
+
+
+def test_a_single_file_is_split_with_a_fixed_seed(tmp_path: Path) -> None:
+    frame(100, labels=("no", "yes")).to_csv(tmp_path / "a.csv", index=False)
+    dataset = load_text_dataset(str(tmp_path / "a.csv"))
+    assert sizes(dataset) == {"train": 81, "validation": 9, "test": 10}
+    assert dataset.label_names == ["no", "yes"]
+    texts = [text for part in dataset.splits.values() for text in part.texts]
+    assert len(set(texts)) == 100
+    again = load_text_dataset(str(tmp_path / "a.csv"))
+    assert again.splits == dataset.splits
+    assert again.fingerprint() == dataset.fingerprint()
+    assert any("carved from train" in note for note in dataset.notes)
+
+
+def test_known_names_are_looked_for_in_the_folders_in_order(
+    imdb: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NIN_TEXT_DATA", str(tmp_path / "nowhere"))
+    assert load_text_dataset("imdb", data_dir=imdb).source == str(imdb / "imdb")
+    monkeypatch.setenv("NIN_TEXT_DATA", str(imdb))
+    assert load_text_dataset("imdb").source == str(imdb / "imdb")
+    monkeypatch.delenv("NIN_TEXT_DATA")
+    imdb.rename(tmp_path / "data")
+    assert load_text_dataset("imdb").source == "data/imdb"
+
+
+def test_a_known_name_brings_class_names_and_owns_up_to_a_partial_copy(imdb: Path) -> None:
+    dataset = load_text_dataset("imdb", data_dir=imdb)
+    assert dataset.label_names == ["negative", "positive"]
+    assert sizes(dataset) == {"train": 36, "validation": 4, "test": 10}
+    assert "partial training set: 40 of the 25,000 rows of imdb" in dataset.notes
+
+
+def test_unlabelled_texts_are_read_only_if_asked_for(imdb: Path) -> None:
+    dataset = load_text_dataset("imdb", data_dir=imdb, unsupervised=True)
+    assert dataset.splits["unsupervised"].labels == [-1] * 7
+    plain = load_text_dataset("imdb", data_dir=imdb)
+    assert "unsupervised" not in plain.splits
+    assert plain.fingerprint() == dataset.fingerprint()
+
+
+def test_a_train_subset_is_said_to_be_one(tmp_path: Path) -> None:
+    folder = tmp_path / "ag_news"
+    folder.mkdir()
+    frame(40, labels=(0, 1, 2, 3)).to_parquet(folder / "train_subset.parquet")
+    frame(8, 100, labels=(0, 1, 2, 3)).to_parquet(folder / "test.parquet")
+    notes = load_text_dataset("ag_news", data_dir=tmp_path).notes
+    assert "the training file train_subset.parquet is a subset" in notes
+
+
+def test_a_given_validation_split_is_used(tmp_path: Path) -> None:
+    for name, n in {"train": 20, "validation": 6, "test": 4}.items():
+        frame(n).to_json(tmp_path / f"{name}.jsonl", orient="records", lines=True)
+    dataset = load_text_dataset(str(tmp_path))
+    assert sizes(dataset) == {"train": 20, "validation": 6, "test": 4}
+    assert dataset.notes == []
+
+
+def test_the_aclimdb_layout(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        for name in ("neg", "pos", "unsup"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(10):
+                (tmp_path / split / name / f"{i}_7.txt").write_text(f"{split} {name} {i}")
+    dataset = load_text_dataset(str(tmp_path))
+    assert dataset.label_names == ["neg", "pos"]
+    assert sizes(dataset) == {"train": 18, "validation": 2, "test": 20}
+
+
+def test_class_folders_without_splits(tmp_path: Path) -> None:
+    for name in ("cats", "dogs", "eels"):
+        (tmp_path / name).mkdir()
+        for i in range(20):
+            (tmp_path / name / f"{i}.txt").write_text(f"{name} {i}")
+    dataset = load_text_dataset(str(tmp_path))
+    assert dataset.label_names == ["cats", "dogs", "eels"]
+    assert sizes(dataset) == {"train": 48, "validation": 6, "test": 6}
+    assert Counter(dataset.splits["test"].labels) == {0: 2, 1: 2, 2: 2}
+
+
+@pytest.mark.parametrize("single", [False, True])
+def test_a_saved_datasets_directory_brings_its_class_names(tmp_path: Path, single: bool) -> None:
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])}
+    )
+    train = datasets.Dataset.from_pandas(frame(40), features=features)
+    test = datasets.Dataset.from_pandas(frame(10, 100), features=features)
+    (train if single else datasets.DatasetDict({"train": train, "test": test})).save_to_disk(
+        tmp_path / "saved"
+    )
+    dataset = load_text_dataset(str(tmp_path / "saved"))
+    assert dataset.label_names == ["no", "yes"]
+    assert len(dataset.splits["test"]) == (4 if single else 10)
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        ((1, 0), ["0", "1"]),
+        (("10", "9"), ["9", "10"]),
+        ((1.0, 2.0), ["1", "2"]),
+        ((True, False), ["0", "1"]),
+        (("b ", "a"), ["a", "b"]),
+        (("2", "many"), ["2", "many"]),
+    ],
+)
+def test_labels_become_names_in_a_natural_order(tmp_path: Path, labels, names) -> None:
+    frame(40, labels=labels).to_parquet(tmp_path / "a.parquet")
+    dataset = load_text_dataset(str(tmp_path / "a.parquet"))
+    assert dataset.label_names == names
+    first = dict(zip(dataset.splits["train"].texts, dataset.splits["train"].labels, strict=True))
+    for i, text in enumerate(frame(40)["text"]):
+        if text in first:
+            wanted = str(labels[i % 2]).strip().removesuffix(".0")
+            wanted = {"True": "1", "False": "0"}.get(wanted, wanted)
+            assert names[first[text]] == wanted
+
+
+def test_column_names_can_be_given(tmp_path: Path) -> None:
+    frame(40).rename(columns={"text": "words", "label": "mark"}).to_csv(
+        tmp_path / "a.csv", index=False
+    )
+    with pytest.raises(UserError, match="--text-column"):
+        load_text_dataset(str(tmp_path / "a.csv"))
+    dataset = load_text_dataset(str(tmp_path / "a.csv"), text_column="words", label_column="mark")
+    assert dataset.label_names == ["0", "1"]
+    with pytest.raises(UserError, match="cannot both be"):
+        load_text_dataset(str(tmp_path / "a.csv"), text_column="words", label_column="words")
+
+
+def test_empty_texts_are_refused_or_left_out(tmp_path: Path) -> None:
+    table = frame(40)
+    table.loc[[3, 4], "text"] = ["  ", None]
+    table.to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"2 of 40 texts .*row 4.*--drop-empty"):
+        load_text_dataset(str(tmp_path / "a.parquet"))
+    dataset = load_text_dataset(str(tmp_path / "a.parquet"), drop_empty=True)
+    assert sum(sizes(dataset).values()) == 38
+    assert any("2 empty rows" in note for note in dataset.notes)
+
+
+def test_text_that_is_numbers_is_refused(tmp_path: Path) -> None:
+    pd.DataFrame({"text": range(40), "label": [0, 1] * 20}).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="holds int values, not text"):
+        load_text_dataset(str(tmp_path / "a.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ((1,), "all training examples have the same label"),
+        ((0, float("nan")), "labels of the train split are missing or NaN"),
+        ((0, None), "missing or NaN"),
+        (([0], [1]), "single values"),
+    ],
+)
+def test_labels_that_cannot_be_learned_are_refused(tmp_path: Path, labels, message) -> None:
+    table = frame(40)
+    table["label"] = [labels[i % len(labels)] for i in range(40)]
+    table.to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=message):
+        load_text_dataset(str(tmp_path / "a.parquet"))
+
+
+def test_a_test_label_unseen_in_training_is_refused(tmp_path: Path) -> None:
+    frame(40, labels=("a", "b")).to_csv(tmp_path / "train.csv", index=False)
+    frame(10, labels=("a", "c")).to_csv(tmp_path / "test.csv", index=False)
+    with pytest.raises(UserError, match=r"the test split has the label 'c' \(row 2\)"):
+        load_text_dataset(str(tmp_path))
+
+
+def test_too_few_examples_are_refused(tmp_path: Path) -> None:
+    frame(6).to_csv(tmp_path / "a.csv", index=False)
+    with pytest.raises(UserError, match="6 examples are too few"):
+        load_text_dataset(str(tmp_path / "a.csv"))
+
+
+@pytest.mark.parametrize("name", ["imdbb", "nothing.csv", "./nothing", "a/b/c"])
+def test_a_name_that_is_nothing_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match="there is no"):
+        load_text_dataset(name)
+
+
+def test_limit_keeps_the_class_shares(tmp_path: Path) -> None:
+    frame(400, labels=("a", "a", "a", "b")).to_csv(tmp_path / "a.csv", index=False)
+    dataset = load_text_dataset(str(tmp_path / "a.csv"), limit=20)
+    assert sizes(dataset) == {"train": 20, "validation": 20, "test": 20}
+    assert Counter(dataset.splits["train"].labels) == {0: 15, 1: 5}
+    assert load_text_dataset(str(tmp_path / "a.csv"), limit=20).splits == dataset.splits
+
+
+def test_one_split_in_the_terms_of_a_model(imdb: Path, tmp_path: Path) -> None:
+    part, _, _ = load_split("imdb", "test", ["positive", "negative"], data_dir=imdb)
+    assert part.labels == [1, 0] * 5  # the model counts the classes the other way round
+    frame(10, labels=("positive", "negative")).to_csv(tmp_path / "new.csv", index=False)
+    part, source, _ = load_split(str(tmp_path / "new.csv"), "test", ["negative", "positive"])
+    assert (part.labels, source) == ([1, 0] * 5, str(tmp_path / "new.csv"))
+    frame(10, labels=(0, 1)).to_csv(tmp_path / "new.csv", index=False)
+    part, _, _ = load_split(str(tmp_path / "new.csv"), "test", ["negative", "positive"])
+    assert part.labels == [0, 1] * 5
+    frame(10, labels=("positive", "odd")).to_csv(tmp_path / "new.csv", index=False)
+    with pytest.raises(UserError, match="'odd'"):
+        load_split(str(tmp_path / "new.csv"), "test", ["negative", "positive"])
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    labels=st.lists(st.integers(0, 4), min_size=12, max_size=80),
+    share=st.floats(0.05, 0.5),
+)
+def test_a_stratified_part_is_a_fair_share_of_every_class(labels: list[int], share: float) -> None:
+    size = max(1, int(share * len(labels)))
+    taken, rest = stratified(labels, size)
+    assert sorted([*taken, *rest]) == list(range(len(labels)))
+    assert len(taken) <= size
+    whole, part = Counter(labels), Counter(labels[i] for i in taken)
+    for label, count in whole.items():
+        assert part[label] < count  # training keeps at least one of each class
+        assert abs(part[label] - count * size / len(labels)) <= 2.5
+
+
+def test_every_known_name_has_what_is_needed() -> None:
+    assert {"imdb", "ag_news", "sst2", "trec", "yelp_polarity", "dbpedia_14"} <= set(KNOWN)
+    assert {"20newsgroups", "rotten_tomatoes"} <= set(KNOWN)
+    for name, known in KNOWN.items():
+        assert known.hub_id.count("/") == 1, name
+        assert known.train_rows > 0
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("imdb", {"train": 22_500, "validation": 2_500, "test": 25_000}),
+        ("ag_news", {"train": 45_382, "validation": 5_000, "test": 7_600}),
+        ("sst2", {"train": 67_349, "validation": 872, "test": 1_821}),
+        ("trec", {"train": 4_906, "validation": 546, "test": 500}),
+    ],
+)
+def test_the_real_data_sets(real_data: Path, name: str, expected: dict[str, int]) -> None:
+    dataset = load_text_dataset(name)
+    assert sizes(dataset) == expected
+    assert dataset.label_names == list(KNOWN[name].labels)
+    partial = any("partial" in note for note in dataset.notes)
+    assert partial == (name == "ag_news")

@@ -105,7 +105,7 @@ def test_class_folders_give_their_names_as_labels(tmp_path: Path) -> None:
         "text": ["bad", "good", "fine"],
         "label": ["neg", "pos", "pos"],
     }
-    with pytest.raises(UserError, match="no .txt files"):
+    with pytest.raises(UserError, match=r"no \.txt files"):
         readers.read_class_folders(tmp_path / "neg")
 
 

@@ -1,0 +1,230 @@
+"""Batches, averaged weights, accumulation, checkpoints: what training promises."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nin_text import NiNTextConfig, NiNTextForSequenceClassification
+from nin_text.errors import UserError
+from nin_text.training import (
+    EncodedTexts,
+    StopOnNaN,
+    TextTrainer,
+    TokenBatchSampler,
+    WeightAverage,
+    keep_freed_memory,
+    last_checkpoint,
+    pick_device,
+    training_arguments,
+    use_bf16,
+)
+
+LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=80)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    lengths=LENGTHS,
+    tokens=st.integers(10, 200),
+    size=st.integers(1, 20),
+    multiple=st.integers(1, 3),
+    similar=st.booleans(),
+)
+def test_every_epoch_is_a_new_partition_into_equally_many_batches(
+    lengths: list[int], tokens: int, size: int, multiple: int, similar: bool
+) -> None:
+    sampler = TokenBatchSampler(
+        lengths, tokens, size, seed=7, similar_lengths=similar, multiple_of=multiple
+    )
+    epochs = []
+    for epoch in (0, 1, 0):
+        sampler.set_epoch(epoch)
+        batches = list(sampler)
+        assert len(batches) == len(sampler)
+        assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+        epochs.append(batches)
+    assert epochs[0] == epochs[2]
+    if len(lengths) > 30 and len(sampler) > 3:
+        assert epochs[0] != epochs[1]
+
+
+@settings(max_examples=100, deadline=None)
+@given(lengths=LENGTHS, tokens=st.integers(10, 200), size=st.integers(1, 20))
+def test_a_batch_is_over_its_bounds_by_one_text_at_most(
+    lengths: list[int], tokens: int, size: int
+) -> None:
+    for batch in TokenBatchSampler(lengths, tokens, size):
+        assert sum(lengths[i] for i in batch) <= tokens + max(lengths)
+        assert len(batch) <= size + 1
+
+
+def test_no_batch_is_empty_when_texts_are_of_like_length() -> None:
+    lengths = np.random.default_rng(0).integers(20, 60, 500)
+    assert all(TokenBatchSampler(lengths, 400, 64))
+
+
+def test_similar_lengths_save_padding() -> None:
+    lengths = np.random.default_rng(0).integers(1, 200, 500)
+
+    def padded(similar: bool) -> int:
+        sampler = TokenBatchSampler(lengths, 1000, 64, similar_lengths=similar)
+        return sum(len(batch) * lengths[batch].max() for batch in sampler)
+
+    assert padded(True) < 1.15 * lengths.sum() < padded(False)
+
+
+def test_averaged_weights_are_the_exponential_moving_average() -> None:
+    model = torch.nn.Linear(2, 2)
+    average = WeightAverage(model, decay=0.9)
+    expected = None
+    for _ in range(5):
+        with torch.no_grad():
+            model.weight.normal_()
+        average.on_step_end(None, None, None, model=model)
+        new = model.weight.detach().clone()
+        expected = new if expected is None else 0.9 * expected + 0.1 * new
+    assert torch.allclose(average.averaged.module.weight, expected)
+
+
+def test_averaged_weights_survive_saving(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2)
+    first = WeightAverage(model, 0.5)
+    for _ in range(3):
+        with torch.no_grad():
+            model.weight.normal_()
+        first.on_step_end(None, None, None, model=model)
+    first.save(tmp_path / "a.safetensors")
+    second = WeightAverage(torch.nn.Linear(2, 2), 0.5)
+    second.load(tmp_path / "a.safetensors")
+    for average in (first, second):
+        average.on_step_end(None, None, None, model=model)
+    assert torch.equal(first.averaged.module.weight, second.averaged.module.weight)
+
+
+def small_trainer(folder: Path, rows, labels, **options) -> TextTrainer:
+    torch.manual_seed(0)
+    still = {"hidden_dropout": 0.0, "embedding_dropout": 0.0, "word_dropout": 0.0}
+    model = NiNTextForSequenceClassification(
+        NiNTextConfig.from_preset("nin-text-small", vocab_size=30, num_labels=2, **still)
+    )
+    arguments = {
+        "epochs": 2,
+        "batch_size": 8,
+        "gradient_accumulation": 1,
+        "learning_rate": 1e-3,
+        "weight_decay": 0.0,
+        "warmup": 0.0,
+        "seed": 0,
+        "bf16": False,
+        "device": torch.device("cpu"),
+        **options,
+    }
+    ema_decay = arguments.pop("ema_decay", 0.0)
+    return TextTrainer(
+        model=model,
+        args=training_arguments(folder, **arguments),
+        train_dataset=EncodedTexts(rows, labels),
+        eval_dataset=EncodedTexts(rows, labels),
+        pad_token_id=0,
+        batch_tokens=1000,
+        similar_lengths=False,
+        ema_decay=ema_decay,
+        patience=5,
+    )
+
+
+def test_accumulated_gradients_equal_those_of_a_large_batch(tmp_path: Path) -> None:
+    """All texts are alike, so that it does not matter which of them share a batch."""
+    rows, labels = [np.arange(1, 9, dtype=np.int32)] * 16, [1] * 16
+    weights = []
+    for batch_size, accumulation in ((8, 1), (4, 2), (2, 4)):
+        trainer = small_trainer(
+            tmp_path / str(batch_size),
+            rows,
+            labels,
+            batch_size=batch_size,
+            gradient_accumulation=accumulation,
+            weight_decay=0.0,
+        )
+        trainer.args.max_grad_norm = 1e-3  # shows a gradient of the wrong size at once
+        trainer.train()
+        assert trainer.state.global_step == 4
+        norms = [e["grad_norm"] for e in trainer.state.log_history if "grad_norm" in e]
+        weights.append((trainer.model.classifier.weight.detach().clone(), norms))
+    for weight, norms in weights[1:]:
+        assert torch.allclose(weight, weights[0][0], atol=1e-6)
+        assert norms == pytest.approx(weights[0][1], rel=1e-3)
+
+
+def test_the_best_epoch_is_the_one_that_is_kept(tmp_path: Path) -> None:
+    """The learning rate is so high that a later epoch is worse."""
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(1, 30, 10, dtype=np.int32) for _ in range(40)]
+    labels = [int(row[0] > 15) for row in rows]
+    trainer = small_trainer(tmp_path, rows, labels, epochs=4, learning_rate=0.1, ema_decay=0.5)
+    trainer.train()
+    seen = [e["eval_accuracy"] for e in trainer.state.log_history if "eval_accuracy" in e]
+    assert len(seen) == 4
+    assert trainer.evaluate()["eval_accuracy"] == max(seen)
+
+
+def test_a_loss_that_is_no_number_stops_training(tmp_path: Path) -> None:
+    rows = [np.arange(1, 9, dtype=np.int32)] * 16
+    trainer = small_trainer(tmp_path, rows, [0, 1] * 8, learning_rate=1e-3)
+    with torch.no_grad():
+        trainer.model.classifier.weight.fill_(math.nan)
+    with pytest.raises(UserError, match="--learning-rate"):
+        trainer.train()
+
+
+def test_losses_that_are_numbers_do_not(tmp_path: Path) -> None:
+    StopOnNaN().on_log(None, None, None, logs={"loss": 0.3, "epoch": 1.0})
+
+
+def test_the_newest_whole_checkpoint_is_found_and_those_cut_short_are_removed(
+    tmp_path: Path,
+) -> None:
+    assert last_checkpoint(tmp_path) is None
+    for step, whole in ((2, True), (10, True), (12, False)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "model.safetensors").write_text("weights")
+        if whole:
+            (folder / "complete.json").write_text("{}")
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    assert not (tmp_path / "checkpoint-12").exists()
+
+
+def test_checkpoints_hold_no_pickled_weights(tmp_path: Path) -> None:
+    rows = [np.arange(1, 9, dtype=np.int32)] * 16
+    small_trainer(tmp_path, rows, [0, 1] * 8, ema_decay=0.5).train()
+    names = {path.name for path in last_checkpoint(tmp_path).iterdir()}
+    assert {"model.safetensors", "averaged.safetensors", "complete.json"} <= names
+    assert "pytorch_model.bin" not in names
+
+
+def test_a_device_that_is_not_there_is_refused() -> None:
+    assert pick_device("cpu").type == "cpu"
+    assert pick_device("auto").type in ("cpu", "cuda", "mps")
+    for name in ("tpu", "cuda:99", "cpu:x"):
+        with pytest.raises(UserError, match="--device"):
+            pick_device(name)
+
+
+def test_precision_is_what_was_asked_for() -> None:
+    cpu = torch.device("cpu")
+    assert use_bf16("bf16", cpu)
+    assert not use_bf16("fp32", cpu)
+    assert use_bf16("auto", cpu) == torch.cpu._is_avx512_bf16_supported()
+
+
+def test_keeping_freed_memory_is_harmless_everywhere() -> None:
+    keep_freed_memory()
+    assert torch.ones(1000, 1000).sum() == 1_000_000

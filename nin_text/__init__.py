@@ -31,8 +31,8 @@ _HOMES = {
     "classification_metrics": "evaluation",
     "load": "models",
     "train_text": "runs",
-    "evaluate_text": "runs",
-    "predict_text": "runs",
+    "evaluate_text": "inference",
+    "predict_text": "inference",
 }
 
 __all__ = list(_HOMES)

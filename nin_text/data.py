@@ -168,6 +168,11 @@ def load_text_dataset(
         splits = {split: _subset(part, limit) for split, part in splits.items()}
         notes.append(f"at most {limit} examples of each split were used (--limit)")
     _check_labels(splits, label_names)
+    counts = ", ".join(f"{len(part):,} {split}" for split, part in splits.items())
+    logger.info("%s from %s: %s", name, raw.source, counts)
+    logger.info("classes: %s", ", ".join(label_names))
+    for note in notes:
+        logger.warning("note: %s", note)
     return TextDataset(name, raw.source, label_names, splits, notes)
 
 
@@ -347,7 +352,10 @@ def _hub_is_reachable() -> bool:
     if constants.HF_HUB_OFFLINE:
         return False
     try:
-        huggingface_hub.get_session().head(constants.ENDPOINT, timeout=NETWORK_TIMEOUT)
+        session = huggingface_hub.get_session()
+        session.head(
+            constants.ENDPOINT, timeout=NETWORK_TIMEOUT, follow_redirects=True
+        ).raise_for_status()  # a proxy answers, too, when it does not let us through
     except Exception:
         # From here on nothing in this process tries again: each try would wait for a time-out.
         constants.HF_HUB_OFFLINE = True

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn import metrics as sk
 from tqdm import tqdm
 
 BOOTSTRAP_SAMPLES = 1000
@@ -138,6 +137,8 @@ def classification_metrics(
         Plain numbers, lists and dicts, ready for JSON. Fractions, not percent. `roc_auc` is
         one-vs-rest, averaged over classes, and None if a class does not occur.
     """
+    from sklearn import metrics as sk  # takes seconds to import; predicting does without
+
     truth = np.asarray(labels)
     classes = np.arange(len(label_names))
     probabilities = softmax(logits)
@@ -178,6 +179,8 @@ def _macro_f1(truth: np.ndarray, predicted: np.ndarray, classes: int) -> float:
 
 
 def _roc_auc(truth: np.ndarray, probabilities: np.ndarray) -> float | None:
+    from sklearn import metrics as sk
+
     if len(np.unique(truth)) < probabilities.shape[1]:
         return None
     if probabilities.shape[1] == 2:

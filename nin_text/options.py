@@ -96,6 +96,11 @@ class DataOptions:
     drop_empty: bool = option("leave out rows whose text is empty instead of refusing them", False)
     limit: int | None = option("use at most this many examples of each split", metavar="N")
 
+    def arguments(self) -> dict[str, Any]:
+        """These options as keyword arguments of `load_text_dataset` and `load_split`."""
+        names = ("data_dir", "text_column", "label_column", "drop_empty", "limit")
+        return {name: getattr(self, name) for name in names}
+
 
 @dataclass
 class CommonOptions:

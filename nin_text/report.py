@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import resource
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 
 LIBRARIES = "nin-text torch transformers datasets tokenizers scikit-learn accelerate numpy".split()
 MAX_CLASSES_SHOWN = 30
+METRICS_FILE = "metrics.json"
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -23,6 +25,13 @@ def write_json(path: Path, value: Any) -> None:
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     aside.replace(path)
+
+
+def command() -> str:
+    """What was typed to start this process, with the folder of the data, which decides as much."""
+    folder = os.environ.get("NIN_TEXT_DATA")
+    prefix = f"NIN_TEXT_DATA={shlex.quote(folder)} " if folder else ""
+    return f"{prefix}python {shlex.join(sys.argv)}"
 
 
 def peak_memory_mb() -> float:

@@ -19,7 +19,9 @@ def main() -> None:
     cli.set_up_logging(quiet=options.quiet, verbose=options.verbose)
 
     def work() -> dict[str, Any]:
-        from nin_text.runs import evaluate_text  # imports torch: seconds that --help must not take
+        from nin_text.inference import (
+            evaluate_text,  # imports torch: seconds that --help must not take
+        )
 
         return evaluate_text(options)
 

@@ -26,7 +26,9 @@ def main() -> None:
     cli.set_up_logging(quiet=options.quiet, verbose=options.verbose)
 
     def work() -> Iterator[dict[str, Any]]:
-        from nin_text.runs import predict_text  # imports torch: seconds that --help must not take
+        from nin_text.inference import (
+            predict_text,  # imports torch: seconds that --help must not take
+        )
 
         texts: Iterable[str] | None = arguments.texts or None
         if texts is None and options.file is None:

@@ -3,7 +3,8 @@
 from typing import Any
 
 from nin_text import cli
-from nin_text.options import TrainOptions, add_options, parse_options
+from nin_text.data import load_text_dataset
+from nin_text.options import TrainOptions, add_options, check, parse_options
 
 EXAMPLES = """\
   python scripts/train_text.py                                   # built-in reviews, a minute
@@ -20,9 +21,12 @@ def main() -> None:
     cli.set_up_logging(quiet=options.quiet, verbose=options.verbose)
 
     def work() -> dict[str, Any]:
-        from nin_text.runs import train_text  # imports torch: seconds that --help must not take
+        # A mistake in the options or the data shows at once, before torch is imported.
+        check(options)
+        dataset = load_text_dataset(options.dataset, **options.arguments())
+        from nin_text.runs import train_text
 
-        return train_text(options)
+        return train_text(options, dataset)
 
     cli.run(work)
 

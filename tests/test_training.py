@@ -19,11 +19,8 @@ from nin_text.training import (
     TextTrainer,
     TokenBatchSampler,
     WeightAverage,
-    keep_freed_memory,
     last_checkpoint,
-    pick_device,
     training_arguments,
-    use_bf16,
 )
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=80)
@@ -208,23 +205,3 @@ def test_checkpoints_hold_no_pickled_weights(tmp_path: Path) -> None:
     names = {path.name for path in last_checkpoint(tmp_path).iterdir()}
     assert {"model.safetensors", "averaged.safetensors", "complete.json"} <= names
     assert "pytorch_model.bin" not in names
-
-
-def test_a_device_that_is_not_there_is_refused() -> None:
-    assert pick_device("cpu").type == "cpu"
-    assert pick_device("auto").type in ("cpu", "cuda", "mps")
-    for name in ("tpu", "cuda:99", "cpu:x"):
-        with pytest.raises(UserError, match="--device"):
-            pick_device(name)
-
-
-def test_precision_is_what_was_asked_for() -> None:
-    cpu = torch.device("cpu")
-    assert use_bf16("bf16", cpu)
-    assert not use_bf16("fp32", cpu)
-    assert use_bf16("auto", cpu) == torch.cpu._is_avx512_bf16_supported()
-
-
-def test_keeping_freed_memory_is_harmless_everywhere() -> None:
-    keep_freed_memory()
-    assert torch.ones(1000, 1000).sum() == 1_000_000

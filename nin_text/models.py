@@ -87,7 +87,7 @@ def _from_outside(
     try:
         config = AutoConfig.from_pretrained(name, **names)
         model = AutoModelForSequenceClassification.from_pretrained(
-            name, config=config, ignore_mismatched_sizes=True
+            name, config=config, ignore_mismatched_sizes=True, use_safetensors=True
         )
     except Exception as error:
         raise UserError(_cannot_load(name, error)) from error
@@ -107,7 +107,7 @@ def load(folder: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             f"finished training run"
         )
     try:
-        model = AutoModelForSequenceClassification.from_pretrained(folder)
+        model = AutoModelForSequenceClassification.from_pretrained(folder, use_safetensors=True)
     except Exception as error:
         raise UserError(_cannot_load(folder, error)) from error
     return model.eval(), load_tokenizer(folder)

@@ -92,17 +92,18 @@ def script(tmp_path: Path) -> Script:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder of a small classifier of the built-in reviews, trained once by the script."""
+    """The run folder of the default training, which every test shares."""
     place = tmp_path_factory.mktemp("trained")
     folder = place / "run"
-    subprocess.run(
-        [
-            *(sys.executable, ROOT / "scripts" / "train_text.py", "--model", "nin-text-small"),
-            *("--epochs", "4", "--output-dir", folder, "--quiet"),
-        ],
-        cwd=place,
-        env={**os.environ, "NIN_TEXT_CACHE": str(place / "cache")},
-        check=True,
-        stdout=(place / "stdout").open("w"),
-    )
+    with (place / "stdout").open("w") as stdout:
+        subprocess.run(
+            [
+                *(sys.executable, ROOT / "scripts" / "train_text.py"),
+                *("--output-dir", folder, "--quiet"),
+            ],
+            cwd=place,
+            env={**os.environ, "NIN_TEXT_CACHE": str(place / "cache")},
+            check=True,
+            stdout=stdout,
+        )
     return folder

@@ -1,0 +1,99 @@
+"""Building and loading classifiers."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from transformers import BertConfig, BertForSequenceClassification
+
+from nin_text import models
+from nin_text.errors import UserError
+from nin_text.options import TrainOptions, with_recipe
+from nin_text.tokenization import train_tokenizer
+
+TEXTS, LABELS = ["good film", "bad film", "good plot", "so so"] * 5, [0, 1, 0, 2] * 5
+NAMES = ["good", "bad", "so-so"]
+
+
+def build(**options):
+    return models.build(with_recipe(TrainOptions(**options)), TEXTS, LABELS, NAMES)
+
+
+def test_a_preset_is_built_for_the_data() -> None:
+    model, tokenizer = build(model="nin-text-small", pooling="mean", dropout=0.25)
+    assert models.label_names(model) == NAMES
+    assert model.config.label2id["bad"] == 1
+    assert model.config.vocab_size == len(tokenizer)
+    assert model.config.pooling == "mean"
+    assert model.config.hidden_dropout == 0.25
+    assert model.config.class_weights is None
+
+
+def test_balanced_class_weights_give_every_class_the_same_say() -> None:
+    model, _ = build(model="nin-text-small", class_weights="balanced")
+    weights = model.config.class_weights
+    totals = [LABELS.count(i) * weights[i] for i in range(3)]
+    assert totals == pytest.approx([20 / 3] * 3)
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A transformer that is small enough to train in a test, with two classes of its own."""
+    folder = tmp_path_factory.mktemp("bert")
+    tokenizer = train_tokenizer(TEXTS, kind="word", vocab_size=100)
+    tokenizer.model_max_length = 16
+    BertForSequenceClassification(
+        BertConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=16,
+            max_position_embeddings=16,
+        )
+    ).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_transformer_from_outside_gets_the_classes_of_the_data(bert: Path) -> None:
+    model, tokenizer = build(model=str(bert))
+    assert type(model).__name__ == "BertForSequenceClassification"
+    assert models.label_names(model) == NAMES
+    assert model.classifier.out_features == 3
+    assert tokenizer.model_max_length == 16
+
+
+def test_folders_that_are_no_models_are_refused(tmp_path: Path, trained: Path) -> None:
+    with pytest.raises(UserError, match="no model folder"):
+        models.load(str(tmp_path))
+    with pytest.raises(UserError, match="no model folder"):
+        build(model=str(tmp_path))
+    with pytest.raises(UserError, match="no model could be loaded"):
+        models.load("nobody/nothing")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="no model could be loaded"):
+        models.load(str(tmp_path))
+    damaged = tmp_path / "damaged"
+    shutil.copytree(trained, damaged)
+    weights = (trained / "model.safetensors").read_bytes()
+    (damaged / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(UserError, match="no model could be loaded") as caught:
+        models.load(str(damaged))
+    assert "\n" not in str(caught.value)
+
+
+def test_pickled_weights_are_never_read(tmp_path: Path, trained: Path) -> None:
+    folder = tmp_path / "pickled"
+    shutil.copytree(trained, folder)
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04cos\nsystem\n.")
+    with pytest.raises(UserError, match="no model could be loaded"):
+        models.load(str(folder))
+
+
+def test_the_length_of_training_is_remembered(tmp_path: Path, trained: Path) -> None:
+    assert models.trained_max_length(str(trained)) == 0
+    assert models.trained_max_length(str(tmp_path)) is None

@@ -1,0 +1,96 @@
+"""Options are defined once; the help tells the truth about them."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from nin_text.configuration import PRESETS
+from nin_text.data import KNOWN
+from nin_text.demo_data import LABELS
+from nin_text.errors import UserError
+from nin_text.options import (
+    PRESET_NAMES,
+    RECIPES,
+    EvaluateOptions,
+    TrainOptions,
+    add_options,
+    check,
+    parse_options,
+    with_recipe,
+)
+
+
+def parse(*arguments: str) -> TrainOptions:
+    parser = argparse.ArgumentParser()
+    add_options(parser, TrainOptions)
+    return parse_options(TrainOptions, parser.parse_args(arguments))
+
+
+def test_defaults_of_the_command_line_are_those_of_the_dataclass() -> None:
+    assert parse() == TrainOptions()
+
+
+def test_arguments_become_options_of_their_type() -> None:
+    options = parse(
+        *("--dataset", "imdb", "--epochs", "2", "--learning-rate", "3e-4"),
+        *("--data-dir", "x/y", "--no-lowercase", "--resume"),
+    )
+    assert (options.dataset, options.epochs, options.learning_rate) == ("imdb", 2, 3e-4)
+    assert options.data_dir == Path("x/y")
+    assert not options.lowercase
+    assert options.resume
+
+
+def test_the_recipe_fills_in_what_was_left_open_and_nothing_else() -> None:
+    options = with_recipe(parse("--dataset", "imdb", "--batch-size", "7"))
+    assert options.batch_size == 7
+    assert options.epochs == RECIPES["imdb"]["epochs"]
+    assert options.weight_decay == RECIPES["default"]["weight_decay"]
+    for spec in dataclasses.fields(options):
+        if spec.name in RECIPES["default"]:
+            assert getattr(options, spec.name) is not None
+
+
+def test_a_model_from_outside_gets_the_recipe_of_transformers() -> None:
+    options = with_recipe(parse("--dataset", "imdb", "--model", "some/model"))
+    assert options.learning_rate == RECIPES["transformer"]["learning_rate"]
+    assert options.epochs == RECIPES["transformer"]["epochs"]
+
+
+def test_recipes_name_options_data_sets_and_presets_that_exist() -> None:
+    names = {spec.name for spec in dataclasses.fields(TrainOptions)}
+    for recipe in RECIPES.values():
+        assert set(recipe) <= names
+    assert set(RECIPES) - {"default", "transformer"} <= {*KNOWN, *LABELS}
+    assert tuple(PRESETS) == PRESET_NAMES
+
+
+def test_every_option_has_a_help_text_with_its_default() -> None:
+    for cls in (TrainOptions, EvaluateOptions):
+        parser = argparse.ArgumentParser()
+        add_options(parser, cls)
+        for action in parser._actions[1:]:
+            assert action.help
+            flag = isinstance(action.default, bool)
+            assert flag or "default" in action.help or action.required, action.dest
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"epochs": 0}, "--epochs must be at least 1, not 0"),
+        ({"learning_rate": -1.0}, "--learning-rate must be between"),
+        ({"learning_rate": float("nan")}, "--learning-rate"),
+        ({"dropout": 1.0}, "--dropout must be between 0 and 0.99, not 1"),
+        ({"limit": 0}, "--limit"),
+        ({"seed": -1}, "--seed"),
+    ],
+)
+def test_values_that_no_run_can_have_are_refused(wrong: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check(TrainOptions(**wrong))
+    check(TrainOptions())

@@ -1,0 +1,83 @@
+"""Plots, model card and JSON files."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from nin_text import report
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def test_json_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    report.write_json(path, {"a": "ü", "b": [1, None]})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"a": "ü", "b": [1, None]}
+    with pytest.raises(TypeError):
+        report.write_json(path, {"a": object()})
+    assert json.loads(path.read_text(encoding="utf-8"))["a"] == "ü"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize("classes", [2, 13, 40])
+def test_a_confusion_matrix_is_drawn_for_any_number_of_classes(
+    tmp_path: Path, classes: int
+) -> None:
+    names = [f"a class with a name that is rather long, $x_{i}^$" for i in range(classes)]
+    matrix = np.eye(classes, dtype=int).tolist()
+    report.plot_confusion(matrix, names, tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(PNG)
+
+
+def test_curves_are_drawn_even_when_there_is_hardly_anything_to_draw(tmp_path: Path) -> None:
+    history = [
+        {"epoch": 0.5, "loss": 0.7, "step": 1},
+        {"epoch": 1.0, "eval_loss": 0.6, "eval_accuracy": 0.7, "step": 2},
+    ]
+    for i, part in enumerate((history, history[1:])):
+        report.plot_curves(part, tmp_path / f"{i}.png")
+        assert (tmp_path / f"{i}.png").read_bytes().startswith(PNG)
+
+
+def test_peak_memory_is_in_megabytes_and_grows() -> None:
+    before = report.peak_memory_mb()
+    assert 50 < before < 20_000
+    block = np.ones(int(before * 2**20 / 8) + 30 * 2**17)  # more than ever was held
+    assert report.peak_memory_mb() > before
+    del block
+
+
+def test_the_environment_names_what_a_figure_depends_on() -> None:
+    environment = report.environment(torch.device("cpu"))
+    assert environment["versions"]["torch"] == torch.__version__
+    assert environment["threads"] == torch.get_num_threads()
+    json.dumps(environment)
+
+
+def test_the_command_can_be_typed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["scripts/x.py", "--dataset", "my file.csv"])
+    monkeypatch.setenv("NIN_TEXT_DATA", "/some where")
+    assert report.command() == (
+        "NIN_TEXT_DATA='/some where' python scripts/x.py --dataset 'my file.csv'"
+    )
+    monkeypatch.delenv("NIN_TEXT_DATA")
+    assert report.command() == "python scripts/x.py --dataset 'my file.csv'"
+
+
+def test_a_model_card_states_the_figures_of_the_run(trained: Path) -> None:
+    metrics = json.loads((trained / "metrics.json").read_text())
+    card = (trained / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: text-classification\n")
+    assert f"{metrics['test']['accuracy']:.4f}" in card
+    assert f"`{metrics['data_fingerprint']}`" in card
+    assert metrics["command"] in card
+    assert not re.search(r"\bNone\b|\bnan\b", card)
+    assert os.sep + "tmp" not in card.replace(metrics["command"], "")

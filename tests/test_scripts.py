@@ -1,0 +1,375 @@
+"""The scripts as a user runs them: what they leave, what they print, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import ROOT, Script
+from safetensors.numpy import load_file
+
+SCRIPTS = ("train_text", "evaluate_text", "predict_text")
+SUMMARY = {
+    "dataset": str,
+    "model": str,
+    "seed": int,
+    "parameters": int,
+    "validation_accuracy": float,
+    "test_accuracy": float,
+    "test_macro_f1": float,
+    "train_seconds": float,
+    "peak_memory_mb": float,
+    "output_dir": str,
+}
+QUICK = ("--model", "nin-text-small", "--limit", "200", "--epochs", "1", "--output-dir", "run")
+
+
+def write(path: Path, texts: list, labels: list) -> Path:
+    pd.DataFrame({"text": texts, "label": labels}).to_csv(path, index=False)
+    return path
+
+
+# ---- help --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_shows_defaults_and_three_examples_and_imports_nothing_heavy(
+    script: Script, name: str
+) -> None:
+    help_text = script(name, "--help").out
+    examples = help_text.partition("examples:\n")[2].strip().splitlines()
+    assert len(examples) >= 3
+    assert all(f"scripts/{name}.py" in line for line in examples)
+    assert "(default: auto)" in help_text
+    probe = (
+        f"import sys, runpy; sys.argv = ['x', '--help']\n"
+        f"try: runpy.run_path({str(ROOT / 'scripts' / f'{name}.py')!r}, run_name='__main__')\n"
+        f"except SystemExit: print(sorted({{'torch', 'transformers', 'numpy'}} & set(sys.modules)))"
+    )
+    out = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert out.stdout.splitlines()[-1] == "[]"
+
+
+# ---- training ----------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_everything_about_it(trained: Path) -> None:
+    assert {path.name for path in trained.iterdir()} == {
+        *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
+        *("metrics.json", "options.json", "curves.png", "confusion.png", "README.md"),
+    }
+    (line,) = (trained.parent / "stdout").read_text().splitlines()
+    summary = json.loads(line)
+    for name, kind in SUMMARY.items():
+        assert isinstance(summary[name], kind), name
+    assert 0.95 <= summary["test_accuracy"] <= 1
+    metrics = json.loads((trained / "metrics.json").read_text())
+    for split in ("validation", "test"):
+        assert {
+            *("accuracy", "macro_f1", "per_class", "roc_auc", "log_loss", "calibration_error"),
+            *("accuracy_interval_95", "macro_f1_interval_95", "confusion_matrix", "n", "seconds"),
+        } <= set(metrics[split])
+    assert {
+        *("parameters", "train_seconds", "peak_memory_mb", "environment", "seed", "command"),
+        *("data_fingerprint", "data_source", "notes", "options", "precision", "best_epoch"),
+    } <= set(metrics)
+    assert metrics["test"]["accuracy"] == summary["test_accuracy"]
+    low, high = metrics["test"]["accuracy_interval_95"]
+    assert low < summary["test_accuracy"] < high
+
+
+def test_a_pipeline_answers_with_the_class_names_of_the_data(trained: Path) -> None:
+    code = (
+        "import sys, json, nin_text\n"
+        "from transformers import pipeline\n"
+        "classify = pipeline('text-classification', model=sys.argv[1])\n"
+        "print(json.dumps(classify(['The plot is witty .', 'The plot is not witty at all .'])))"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code, str(trained)], capture_output=True, text=True, check=True
+    )
+    answers = json.loads(out.stdout.splitlines()[-1])
+    assert [answer["label"] for answer in answers] == ["positive", "negative"]
+    assert all(answer["score"] > 0.5 for answer in answers)
+
+
+def test_any_csv_trains_and_the_figures_can_be_had_again(script: Script, tmp_path: Path) -> None:
+    """evaluate_text on the saved model gives what training said of the test split."""
+    words = {"cat": "purrs sleeps hunts mice".split(), "dog": "barks runs fetches sticks".split()}
+    texts = [
+        f"it {animal[i % 4]} and {animal[(i // 4) % 4]} {i}"
+        for i in range(60)
+        for animal in words.values()
+    ]
+    write(tmp_path / "pets.csv", texts, list(words) * 60)
+    result = script(
+        "train_text",
+        *("--dataset", "pets.csv", "--model", "nin-text-small", "--epochs", "5", "--seed", "3"),
+    ).result
+    assert result["output_dir"] == "runs/pets.csv-nin-text-small-seed3"
+    assert result["test_accuracy"] == 1.0
+    again = script(
+        "evaluate_text", "--model", result["output_dir"], "--dataset", "pets.csv", "--quiet"
+    ).result
+    assert again["n"] == 120
+    assert again["split"] == "all rows"
+    assert again["accuracy"] > 0.95
+    assert set(again["per_class"]) == {"cat", "dog"}
+
+
+def test_evaluating_repeats_the_figures_of_training(script: Script, trained: Path) -> None:
+    metrics = json.loads((trained / "metrics.json").read_text())
+    result = script(
+        "evaluate_text", "--model", trained, "--dataset", "demo_reviews", "--output-dir", "out"
+    ).result
+    for name in ("accuracy", "macro_f1", "confusion_matrix"):
+        assert result[name] == metrics["test"][name]
+    assert result["log_loss"] == pytest.approx(metrics["test"]["log_loss"], rel=1e-3)
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_gives_others(
+    script: Script, tmp_path: Path
+) -> None:
+    weights = []
+    for folder, seed in (("a", 1), ("b", 1), ("c", 2)):
+        script("train_text", *QUICK, "--output-dir", folder, "--seed", seed).result  # noqa: B018
+        weights.append((tmp_path / folder / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1] != weights[2]
+
+
+def test_a_transformer_goes_through_the_same_command(script: Script, tmp_path: Path) -> None:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    from nin_text import demo_data
+    from nin_text.tokenization import train_tokenizer
+
+    tokenizer = train_tokenizer(demo_data.generate("demo_topics")["train"][0], kind="word")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    BertForSequenceClassification(
+        BertConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=64,
+        )
+    ).save_pretrained(tmp_path / "bert")
+    result = script(
+        "train_text",
+        *("--dataset", "demo_topics", "--model", "bert", "--output-dir", "run"),
+        *("--epochs", "2", "--learning-rate", "3e-3", "--limit", "1000"),
+    ).result
+    assert result["test_accuracy"] > 0.5  # of four classes
+    line = script("predict_text", "--model", "run", "our subject is the senate").result
+    assert set(line["probabilities"]) == set(demo_data.LABELS["demo_topics"])
+    refused = script("predict_text", "--model", "run", "--explain", "our subject")
+    assert "NiN" in refused.complaint
+
+
+# ---- killed and resumed ------------------------------------------------------------------------
+
+
+def test_a_run_killed_in_the_middle_and_resumed_ends_with_the_same_weights(
+    script: Script, tmp_path: Path
+) -> None:
+    arguments = ("--model", "nin-text-small", "--limit", "1500", "--epochs", "6")
+    whole = script("train_text", *arguments, "--output-dir", "whole").result
+    folder = tmp_path / "killed"
+    process = subprocess.Popen(
+        [
+            *(sys.executable, ROOT / "scripts" / "train_text.py", *arguments),
+            *("--output-dir", folder),
+        ],
+        cwd=tmp_path,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 200
+    while not list(folder.glob("checkpoints/*/complete.json")):
+        assert process.poll() is None, "training ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(0.3)  # into the next epoch
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (folder / "model.safetensors").exists()
+    resumed = script("train_text", *arguments, "--output-dir", "killed", "--resume")
+    assert "resuming from" in resumed.err
+    assert resumed.result["test_accuracy"] == whole["test_accuracy"]
+    expected = load_file(tmp_path / "whole" / "model.safetensors")
+    weights = load_file(folder / "model.safetensors")
+    assert set(weights) == set(expected)
+    for name, value in expected.items():
+        assert (weights[name] == value).all(), name
+    again = script("train_text", *arguments, "--output-dir", "killed", "--resume")
+    assert again.result == resumed.result
+    assert "finished" in again.err
+    other = script("train_text", *arguments[:-1], "7", "--output-dir", "killed", "--resume")
+    assert "epochs 6, not 7" in other.complaint
+
+
+def test_resuming_what_was_never_begun_begins_it(script: Script) -> None:
+    result = script("train_text", *QUICK, "--resume")
+    assert "no run to resume" in result.err
+    assert result.result["output_dir"] == "run"
+
+
+# ---- predicting --------------------------------------------------------------------------------
+
+GOOD, BAD = "The plot is witty .", "The plot is not witty at all ."
+
+
+def test_texts_are_classified_from_arguments_file_and_pipe_alike(
+    script: Script, trained: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "a.txt").write_text(f"{GOOD}\n{BAD}\n")
+    write(tmp_path / "a.csv", [GOOD, BAD], [0, 0])
+    runs = [
+        script("predict_text", "--model", trained, GOOD, BAD),
+        script("predict_text", "--model", trained, "--file", "a.txt"),
+        script("predict_text", "--model", trained, "--file", "a.csv"),
+        script("predict_text", "--model", trained, stdin=f"{GOOD}\n{BAD}\n"),
+    ]
+    for run in runs:
+        assert run.status == 0, run.err
+        assert run.lines == runs[0].lines
+    first, second = runs[0].lines
+    assert (first["text"], first["label"]) == (GOOD, "positive")
+    assert (second["text"], second["label"]) == (BAD, "negative")
+    assert first["probability"] == first["probabilities"]["positive"] > 0.5
+    assert sum(first["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+
+
+def test_explain_colours_the_tokens_and_adds_the_evidence(script: Script, trained: Path) -> None:
+    run = script("predict_text", "--model", trained, "--explain", BAD)
+    assert "\x1b[48;2;" in run.err
+    assert "\x1b" not in run.out
+    evidence = run.result["evidence"]
+    assert [token for token, _ in evidence] == BAD.split()
+    p = run.result["probabilities"]
+    assert sum(score for _, score in evidence) > 0, p
+
+
+def test_any_text_gets_an_answer(script: Script, trained: Path) -> None:
+    odd = ["", "   ", "x" * 1_000_000, "good " * 200_000, "\x00\x1b[2J", "é😀漢字", "\udcff"]
+    stdin = "\n".join(odd[:-1]) + "\n"
+    run = script("predict_text", "--model", trained, stdin=stdin)
+    assert run.status == 0, run.err
+    assert len(run.lines) == len(odd) - 1
+    assert all(0.5 <= line["probability"] <= 1 for line in run.lines)
+
+
+def test_a_reader_that_stops_early_is_no_error(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("The plot is witty .\n" * 5000)
+    command = f"{sys.executable} {ROOT}/scripts/predict_text.py --model {trained} --file a.txt"
+    run = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command} | head -1"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout)["label"] == "positive"
+    assert "Traceback" not in run.stderr
+
+
+# ---- mistakes ----------------------------------------------------------------------------------
+
+TEXTS = [f"some text {i}" for i in range(40)]
+
+
+def bad_input(kind: str, folder: Path) -> tuple[list[str], str]:
+    """Make a bad input; the arguments that meet it, and what the sentence must say."""
+    csv = folder / "bad.csv"
+    match kind:
+        case "missing file":
+            return ["--dataset", "nothing.csv"], "there is no file or folder nothing.csv"
+        case "empty file":
+            csv.touch()
+            return ["--dataset", "bad.csv"], "bad.csv is empty"
+        case "wrong column":
+            write(csv, TEXTS, [0, 1] * 20)
+            arguments = ["--dataset", "bad.csv", "--text-column", "body"]
+            return arguments, "no column 'body'; the columns are 'text', 'label'"
+        case "one class":
+            write(csv, TEXTS, [1] * 40)
+            return ["--dataset", "bad.csv"], "at least two classes"
+        case "labels in test unseen in train":
+            write(folder / "train.csv", TEXTS, [0, 1] * 20)
+            write(folder / "test.csv", TEXTS, [0, 2] * 20)
+            return ["--dataset", "."], "the test split has the label '2'"
+        case "NaN labels":
+            write(csv, TEXTS, [0, float("nan")] * 20)
+            return ["--dataset", "bad.csv"], "20 of 40 labels of the train split are missing"
+        case "empty and null texts":
+            write(csv, ["", None, "  ", *TEXTS[3:]], [0, 1] * 20)
+            return ["--dataset", "bad.csv"], "3 of 40 texts of the train split are empty"
+        case "binary file":
+            csv.write_bytes(os.urandom(5000) + b"\0")
+            return ["--dataset", "bad.csv"], "bad.csv is a binary file"
+        case "a folder that is no model":
+            (folder / "nomodel").mkdir()
+            return ["--model", "nomodel"], "nomodel is no model folder"
+        case "no network":
+            return ["--dataset", "yelp_polarity"], "data/yelp_polarity"
+        case "an unknown device":
+            return ["--device", "tpu"], "there is no device 'tpu'"
+        case "a folder that cannot be written":
+            (folder / "taken").write_text("a file")
+            return ["--output-dir", "taken/run"], "taken"
+    raise AssertionError(kind)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("missing file", "empty file", "wrong column", "one class"),
+        *("labels in test unseen in train", "NaN labels", "empty and null texts", "binary file"),
+        *("a folder that is no model", "no network", "an unknown device"),
+        "a folder that cannot be written",
+    ],
+)
+def test_a_mistake_gets_one_sentence_and_no_traceback(
+    script: Script, tmp_path: Path, kind: str
+) -> None:
+    arguments, message = bad_input(kind, tmp_path)
+    run = script("train_text", *arguments, HF_HUB_OFFLINE="0", HF_ENDPOINT="http://127.0.0.1:9")
+    assert message in run.complaint
+    assert run.err.count("\n") <= 4  # the sentence, and at most what was found before
+    assert not list(tmp_path.glob("**/*.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["evaluate_text", "predict_text"])
+def test_a_model_that_is_none_is_refused_everywhere(
+    script: Script, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "nomodel").mkdir()
+    extra = ["text"] if name == "predict_text" else []
+    assert "no model folder" in script(name, "--model", "nomodel", *extra).complaint
+    assert script(name, *extra).status == 2  # --model is required
+
+
+def test_mistakes_in_what_to_predict_are_refused(
+    script: Script, trained: Path, tmp_path: Path
+) -> None:
+    missing = script("predict_text", "--model", trained, "--file", "nothing.txt")
+    assert "there is no file nothing.txt" in missing.complaint
+    write(tmp_path / "a.csv", ["a"], [1])
+    column = script("predict_text", "--model", trained, "--file", "a.csv", "--text-column", "body")
+    assert "no column 'body'" in column.complaint
+    assert script("predict_text", "--model", trained, "--file", "a.csv", "text").status == 2
+
+
+def test_labels_that_a_model_does_not_know_are_refused(
+    script: Script, trained: Path, tmp_path: Path
+) -> None:
+    write(tmp_path / "a.csv", ["fine", "odd"], ["positive", "strange"])
+    run = script("evaluate_text", "--model", trained, "--dataset", "a.csv")
+    assert "'strange' (row 2)" in run.complaint

@@ -94,7 +94,7 @@ REVIEWS = (
         ),
         test=(
             "the {a} was not {x} at all",
-            "nobody would call the {b} {x} , and I never found it {x}",
+            "nobody would call the {b} {x} , and the {a} was never {x}",
         ),
         same=False,
     ),

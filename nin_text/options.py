@@ -18,6 +18,7 @@ from nin_text.errors import UserError
 
 PRESET_NAMES = ("nin-text-paper", "nin-text-small", "nin-text-base")
 
+MIN_BATCHES = 50
 PRECISIONS = ("auto", "bf16", "fp32")
 MODEL_HELP = "run folder, or the hub id of any sequence classifier"
 PRECISION_HELP = "bf16, fp32, or auto for bf16 where the processor multiplies it natively"
@@ -204,9 +205,16 @@ def check(options: CommonOptions) -> None:
             raise UserError(f"{flag} must be {limits}, not {value:g}")
 
 
-def with_recipe(options: TrainOptions) -> TrainOptions:
-    """A copy in which every option left to the recipe is filled in."""
+def with_recipe(options: TrainOptions, examples: int) -> TrainOptions:
+    """A copy in which every option left to the recipe is filled in.
+
+    Args:
+        options: as given by the user.
+        examples: size of the training split. Small ones get smaller batches, so that a pass has
+            about `MIN_BATCHES` of them.
+    """
     recipe = dict(RECIPES["default"])
+    recipe["batch_size"] = min(recipe["batch_size"], max(4, examples // MIN_BATCHES))
     if options.model in PRESET_NAMES:
         recipe |= RECIPES.get(options.dataset, {})
     else:

@@ -49,19 +49,20 @@ def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dic
         UserError: whatever the user can mend, in one sentence.
     """
     started = time.perf_counter()
-    options = with_recipe(options)
     check(options)
+    if dataset is None:
+        dataset = load_text_dataset(options.dataset, **options.arguments())
+    train = dataset.splits["train"]
+    options = with_recipe(options, len(train))
     device = pick_device(options.device)
     folder = options.output_dir or Path("runs") / _run_name(options)
-    checkpoint = _open_run_folder(folder, options)
-    if options.resume and (finished := _finished(folder)) is not None:
+    record = _record(options, dataset)
+    checkpoint = _open_run_folder(folder, record, resume=options.resume)
+    if options.resume and (finished := _finished(folder, record)) is not None:
         logger.info("%s is a finished run; nothing is left to do", folder)
         return finished
     keep_freed_memory()
     set_seed(options.seed)
-    if dataset is None:
-        dataset = load_text_dataset(options.dataset, **options.arguments())
-    train = dataset.splits["train"]
     model, tokenizer = models.build(options, train.texts, train.labels, dataset.label_names)
     encoded = {
         split: EncodedTexts(
@@ -72,47 +73,18 @@ def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dic
         if split != "unsupervised"
     }
     trainer = _trainer(options, folder, device, model, tokenizer, encoded)
-    parameters = sum(p.numel() for p in model.parameters())
-    logger.info(
-        "%s: %s parameters, vocabulary %s, %s steps a pass on %s",
-        options.model,
-        f"{parameters:,}",
-        f"{len(tokenizer):,}",
-        f"{len(trainer.get_train_dataloader()):,}",
-        trainer.args.device,
-    )
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except KeyboardInterrupt:
         logger.error("stopped; the same command with --resume goes on from the last whole epoch")
         raise
-    metrics: dict[str, Any] = {
-        "dataset": options.dataset,
-        "data_source": dataset.source,
-        "data_fingerprint": dataset.fingerprint(),
-        "notes": dataset.notes,
-        "label_names": dataset.label_names,
-        "train_examples": len(train),
-        "model": options.model,
-        "architecture": type(model).__name__,
-        "parameters": parameters,
-        "seed": options.seed,
-        "epochs_run": round(trainer.state.epoch or 0),
-        "best_epoch": _best_epoch(trainer),
-        "steps": trainer.state.global_step,
-        "train_seconds": round(trainer.seconds, 2),
-        "precision": "bf16" if trainer.args.bf16 else "fp32",
-        "command": report.command(),
-        "options": _plain(options),
-        "environment": report.environment(trainer.args.device),
-        "history": trainer.state.log_history,
-    }
+    metrics = _metrics(options, dataset, record, trainer)
     for split in ("validation", "test"):
         clock = time.perf_counter()
         logits = trainer.logits(encoded[split], progress=f"evaluating {split}")
-        seconds = time.perf_counter() - clock
+        seconds = round(time.perf_counter() - clock, 2)
         metrics[split] = classification_metrics(logits, encoded[split].labels, dataset.label_names)
-        metrics[split]["seconds"] = round(seconds, 2)
+        metrics[split]["seconds"] = seconds
     metrics["peak_memory_mb"] = round(report.peak_memory_mb(), 1)
     metrics["total_seconds"] = round(time.perf_counter() - started, 2)
     if trainer.is_world_process_zero():
@@ -125,40 +97,40 @@ def _run_name(options: TrainOptions) -> str:
     return "-".join(re.sub(r"[^\w.-]+", "_", part).strip("._-") for part in parts)
 
 
-def _plain(options: Any) -> dict[str, Any]:
-    """Options as JSON values."""
-    return json.loads(json.dumps(dataclasses.asdict(options), default=str))
+def _record(options: TrainOptions, dataset: TextDataset) -> dict[str, Any]:
+    """What decides the weights, as JSON values: options and data."""
+    plain = json.loads(json.dumps(dataclasses.asdict(options), default=str))
+    essential = {name: value for name, value in plain.items() if name not in INCIDENTAL}
+    return essential | {"data_fingerprint": dataset.fingerprint()}
 
 
-def _open_run_folder(folder: Path, options: TrainOptions) -> Path | None:
-    """Make the run folder, and the checkpoint to go on from if the run is to be resumed."""
-    essential = {k: v for k, v in _plain(options).items() if k not in INCIDENTAL}
-    record, checkpoints = folder / OPTIONS_FILE, folder / "checkpoints"
-    if options.resume:
-        if not record.is_file():
-            logger.warning("there is no run to resume in %s; starting one", folder)
-        else:
-            _check_same(essential, record, folder)
-            checkpoint = last_checkpoint(checkpoints)
-            if checkpoint is not None:
-                logger.info("resuming from %s", checkpoint)
-            elif not (folder / report.METRICS_FILE).is_file():
-                logger.warning("%s holds no whole checkpoint yet; starting anew", folder)
-            return checkpoint
+def _open_run_folder(folder: Path, record: dict[str, Any], *, resume: bool) -> Path | None:
+    """Make the run folder; find the checkpoint to go on from if the run is to be resumed."""
+    path, checkpoints = folder / OPTIONS_FILE, folder / "checkpoints"
+    if resume and path.is_file():
+        _check_same(record, path, folder)
+        checkpoint = last_checkpoint(checkpoints)
+        if checkpoint is not None:
+            logger.info("resuming from %s", checkpoint)
+        elif not (folder / report.METRICS_FILE).is_file():
+            logger.warning("%s holds no whole checkpoint yet; starting anew", folder)
+        return checkpoint
+    if resume:
+        logger.warning("there is no run to resume in %s; starting one", folder)
     elif last_checkpoint(checkpoints) is not None:
         logger.warning("an unfinished run in %s is discarded (--resume would continue it)", folder)
     shutil.rmtree(checkpoints, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
-    report.write_json(record, essential)
+    report.write_json(path, record)
     return None
 
 
-def _check_same(essential: dict[str, Any], record: Path, folder: Path) -> None:
+def _check_same(record: dict[str, Any], path: Path, folder: Path) -> None:
     try:
-        before = json.loads(record.read_text(encoding="utf-8"))
+        before = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{record} is damaged; start anew without --resume") from error
-    for name, value in essential.items():
+        raise UserError(f"{path} is damaged; start anew without --resume") from error
+    for name, value in record.items():
         if before.get(name) != value:
             raise UserError(
                 f"the run in {folder} has {name.replace('_', ' ')} {before.get(name)}, not {value};"
@@ -166,15 +138,41 @@ def _check_same(essential: dict[str, Any], record: Path, folder: Path) -> None:
             )
 
 
-def _finished(folder: Path) -> dict[str, Any] | None:
+def _finished(folder: Path, record: dict[str, Any]) -> dict[str, Any] | None:
     """The summary of a run that came to its end, None otherwise."""
     try:
         metrics = json.loads((folder / report.METRICS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    options = json.loads((folder / OPTIONS_FILE).read_text(encoding="utf-8"))
-    same = all(metrics["options"].get(name) == value for name, value in options.items())
-    return _summary(metrics, folder) if same and not (folder / "checkpoints").exists() else None
+    whole = metrics["options"] == record and not (folder / "checkpoints").exists()
+    return _summary(metrics, folder) if whole else None
+
+
+def _metrics(
+    options: TrainOptions, dataset: TextDataset, record: dict[str, Any], trainer: TextTrainer
+) -> dict[str, Any]:
+    """Everything about a run but the quality of its answers."""
+    return {
+        "dataset": options.dataset,
+        "data_source": dataset.source,
+        "data_fingerprint": record["data_fingerprint"],
+        "notes": dataset.notes,
+        "label_names": dataset.label_names,
+        "train_examples": len(dataset.splits["train"]),
+        "model": options.model,
+        "architecture": type(trainer.model).__name__,
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "seed": options.seed,
+        "epochs_run": round(trainer.state.epoch or 0),
+        "best_epoch": _best_epoch(trainer),
+        "steps": trainer.state.global_step,
+        "train_seconds": round(trainer.seconds, 2),
+        "precision": "bf16" if trainer.args.bf16 else "fp32",
+        "command": report.command(),
+        "options": record,
+        "environment": report.environment(trainer.args.device),
+        "history": trainer.state.log_history,
+    }
 
 
 def _trainer(
@@ -197,7 +195,7 @@ def _trainer(
         bf16=use_bf16(options.precision, device),
         device=device,
     )
-    return TextTrainer(
+    trainer = TextTrainer(
         model=model,
         args=arguments,
         train_dataset=encoded["train"],
@@ -209,6 +207,15 @@ def _trainer(
         ema_decay=options.ema_decay,
         patience=options.patience,
     )
+    logger.info(
+        "%s: %s parameters, vocabulary %s, %s steps a pass on %s",
+        options.model,
+        f"{sum(p.numel() for p in model.parameters()):,}",
+        f"{len(tokenizer):,}",
+        f"{len(trainer.get_train_dataloader()) // options.gradient_accumulation:,}",
+        trainer.args.device,
+    )
+    return trainer
 
 
 def _best_epoch(trainer: TextTrainer) -> int | None:

@@ -18,7 +18,8 @@ from typing import Any, cast
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 from transformers import (
@@ -109,10 +110,18 @@ class TokenBatchSampler(Sampler[list[int]]):
 
 
 class WeightAverage(TrainerCallback):
-    """Exponential moving average of the weights, updated after every optimizer step."""
+    """Exponential moving average of the weights, updated after every optimizer step.
+
+    The decay grows with the number n of updates, min(decay, (1 + n) / (10 + n)), as in TensorFlow's
+    ExponentialMovingAverage: the average of a short run does not hang on to its first weights.
+    """
 
     def __init__(self, model: torch.nn.Module, decay: float) -> None:
-        self.averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+        def average(averaged: Any, current: Any, n: Tensor | int) -> None:
+            weight = 1 - min(decay, (1 + int(n)) / (10 + int(n)))
+            torch._foreach_lerp_(averaged, current, weight)
+
+        self.averaged = AveragedModel(model, multi_avg_fn=torch.no_grad()(average))
         self.averaged.module.eval()
 
     def on_step_end(self, args, state, control, model=None, **kwargs):  # type: ignore[no-untyped-def]

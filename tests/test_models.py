@@ -18,7 +18,7 @@ NAMES = ["good", "bad", "so-so"]
 
 
 def build(**options):
-    return models.build(with_recipe(TrainOptions(**options)), TEXTS, LABELS, NAMES)
+    return models.build(with_recipe(TrainOptions(**options), len(TEXTS)), TEXTS, LABELS, NAMES)
 
 
 def test_a_preset_is_built_for_the_data() -> None:

@@ -46,7 +46,7 @@ def test_arguments_become_options_of_their_type() -> None:
 
 
 def test_the_recipe_fills_in_what_was_left_open_and_nothing_else() -> None:
-    options = with_recipe(parse("--dataset", "imdb", "--batch-size", "7"))
+    options = with_recipe(parse("--dataset", "imdb", "--batch-size", "7"), 25_000)
     assert options.batch_size == 7
     assert options.epochs == RECIPES["imdb"]["epochs"]
     assert options.weight_decay == RECIPES["default"]["weight_decay"]
@@ -55,8 +55,14 @@ def test_the_recipe_fills_in_what_was_left_open_and_nothing_else() -> None:
             assert getattr(options, spec.name) is not None
 
 
+def test_small_data_sets_get_smaller_batches() -> None:
+    sizes = [with_recipe(parse(), examples).batch_size for examples in (10, 1000, 100_000)]
+    assert sizes == [4, 20, 64]
+    assert with_recipe(parse("--batch-size", "64"), 10).batch_size == 64
+
+
 def test_a_model_from_outside_gets_the_recipe_of_transformers() -> None:
-    options = with_recipe(parse("--dataset", "imdb", "--model", "some/model"))
+    options = with_recipe(parse("--dataset", "imdb", "--model", "some/model"), 25_000)
     assert options.learning_rate == RECIPES["transformer"]["learning_rate"]
     assert options.epochs == RECIPES["transformer"]["epochs"]
 

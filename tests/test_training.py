@@ -81,13 +81,14 @@ def test_averaged_weights_are_the_exponential_moving_average() -> None:
     model = torch.nn.Linear(2, 2)
     average = WeightAverage(model, decay=0.9)
     expected = None
-    for _ in range(5):
+    for n in range(100):
         with torch.no_grad():
             model.weight.normal_()
         average.on_step_end(None, None, None, model=model)
         new = model.weight.detach().clone()
-        expected = new if expected is None else 0.9 * expected + 0.1 * new
-    assert torch.allclose(average.averaged.module.weight, expected)
+        decay = min(0.9, (1 + n) / (10 + n))
+        expected = new if expected is None else decay * expected + (1 - decay) * new
+    assert torch.allclose(average.averaged.module.weight, expected, atol=1e-6)
 
 
 def test_averaged_weights_survive_saving(tmp_path: Path) -> None:

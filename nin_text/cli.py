@@ -10,30 +10,43 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from nin_text.errors import UserError
+from nin_text.options import CommonOptions, add_options, parse_options
+
+Options = TypeVar("Options", bound=CommonOptions)
 
 # Raised as plain RuntimeErrors and the like by the libraries that write weights.
 DISK_FULL = ("No space left on device", "PytorchStreamWriter failed", "Disk quota exceeded")
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR, errno.EISDIR)
 
 
-def parser(description: str, examples: str) -> argparse.ArgumentParser:
-    """A parser whose help shows defaults and examples that run."""
-    return argparse.ArgumentParser(
+def parse(cls: type[Options], description: str | None, examples: str) -> Options:
+    """Options from the command line, and logging set up as they say.
+
+    To be called before anything heavy is imported: `--help` must answer at once, and the libraries
+    read their settings when they are imported.
+
+    Args:
+        cls: the dataclass of options.
+        description: first part of the help.
+        examples: last part of the help, lines that run as they stand.
+    """
+    parser = argparse.ArgumentParser(
         description=description,
         epilog=f"examples:\n{examples}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    add_options(parser, cls)
+    options = parse_options(cls, parser.parse_args())
+    _set_up_logging(quiet=options.quiet, verbose=options.verbose)
+    return options
 
 
-def set_up_logging(*, quiet: bool, verbose: bool) -> None:
-    """Our messages to standard error; those of the libraries underneath only if asked for.
-
-    To be called before anything heavy is imported: the libraries read their settings then.
-    """
+def _set_up_logging(*, quiet: bool, verbose: bool) -> None:
+    """Our messages to standard error; those of the libraries underneath only if asked for."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     if quiet:
         os.environ["TQDM_DISABLE"] = "1"  # any value, even 0, disables

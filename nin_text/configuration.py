@@ -12,6 +12,17 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import AutoConfig
 
+# What the presets of our own have in common. Stride 1, so that there is evidence for each token.
+_RESIDUAL: dict[str, Any] = {
+    "residual": True,
+    "norm": True,
+    "pooling": "attention",
+    "hidden_act": "gelu",
+    "embedding_dropout": 0.3,
+    "hidden_dropout": 0.3,
+    "word_dropout": 0.1,
+}
+
 PRESETS: dict[str, dict[str, Any]] = {
     # The paper's CIFAR-10 network carried to one dimension: ReLU everywhere, dropout and max
     # pooling between blocks, no norm, plain global average pooling.
@@ -23,28 +34,16 @@ PRESETS: dict[str, dict[str, Any]] = {
         "hidden_dropout": 0.5,
     },
     "nin-text-small": {
+        **_RESIDUAL,
         "embedding_size": 128,
         "block_channels": [[128, 256, 128]],
         "kernel_sizes": [[3]],
-        "residual": True,
-        "norm": True,
-        "pooling": "attention",
-        "hidden_act": "gelu",
-        "embedding_dropout": 0.3,
-        "hidden_dropout": 0.3,
-        "word_dropout": 0.1,
     },
     "nin-text-base": {
+        **_RESIDUAL,
         "embedding_size": 192,
         "block_channels": [[192, 384, 192], [192, 384, 192]],
         "kernel_sizes": [[3], [3]],
-        "residual": True,
-        "norm": True,
-        "pooling": "attention",
-        "hidden_act": "gelu",
-        "embedding_dropout": 0.3,
-        "hidden_dropout": 0.3,
-        "word_dropout": 0.1,
     },
 }
 

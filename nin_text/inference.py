@@ -91,12 +91,15 @@ def evaluate_text(options: EvaluateOptions) -> dict[str, Any]:
 # ---- predicting --------------------------------------------------------------------------------
 
 
-def predict_text(options: PredictOptions, texts: Iterable[str] | None) -> Iterator[dict[str, Any]]:
+def predict_text(
+    options: PredictOptions, lines: Iterable[str] | None = None
+) -> Iterator[dict[str, Any]]:
     """Classify texts as they come.
 
     Args:
-        options: the model, and the file to read if `texts` is None.
-        texts: any strings; an iterator is read in small portions, so that it may be a pipe.
+        options: the model, and the texts or the file to read.
+        lines: texts if the options have none, each with or without a line end; they are taken in
+            small portions, so that they may come from a pipe.
 
     Yields:
         For each text, in order: text, label, probability, probabilities by class name, and with
@@ -108,8 +111,11 @@ def predict_text(options: PredictOptions, texts: Iterable[str] | None) -> Iterat
     model, tokenizer, names, autocast = _load_model(options)
     if options.explain and not isinstance(model, NiNTextForSequenceClassification):
         raise UserError("--explain needs a NiN model: only its answers are a sum over tokens")
-    if texts is None:
+    texts: Iterable[str]
+    if options.texts or options.file is not None:
         texts = _read_texts(options)
+    else:
+        texts = (line.rstrip("\r\n") for line in lines or ())
     if options.limit is not None:
         texts = itertools.islice(texts, options.limit)
     for portion in _portions(texts):
@@ -156,7 +162,9 @@ def _explain(
 def _read_texts(options: PredictOptions) -> list[str]:
     path = options.file
     if path is None:
-        raise UserError("there is nothing to classify; give texts, --file, or standard input")
+        return options.texts
+    if options.texts:
+        raise UserError("give texts or --file, not both")
     if path.suffix.lower() == ".txt":
         return readers.read_lines(path)
     table = readers.read_file(path)

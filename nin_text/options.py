@@ -175,6 +175,7 @@ class EvaluateOptions(CommonOptions, DataOptions):
 class PredictOptions(CommonOptions):
     """How new texts are classified."""
 
+    texts: list[str] = option("text to classify", positional=True, nargs="*", metavar="TEXT")
     model: str = option(MODEL_HELP, required=True, metavar="FOLDER")
     file: Path | None = option(
         "texts to classify: .txt with one on each line, or CSV, TSV, JSONL, Parquet"
@@ -228,11 +229,14 @@ def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
     hints = typing.get_type_hints(cls)
     for spec in dataclasses.fields(cls):
         arguments = dict(spec.metadata)
-        kind = hints[spec.name]
+        kind = hints[spec.name] if "nargs" not in arguments else str
         if isinstance(kind, types.UnionType):
             kind = next(part for part in kind.__args__ if part is not type(None))
-        flag = "--" + spec.name.replace("_", "-")
         text = arguments.pop("help")
+        if arguments.pop("positional", False):
+            parser.add_argument(spec.name, type=kind, help=text, **arguments)
+            continue
+        flag = "--" + spec.name.replace("_", "-")
         if arguments.get("required"):
             text += " (required)"
         elif spec.default is None and "default" not in text:

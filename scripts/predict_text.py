@@ -2,41 +2,35 @@
 
 import io
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from nin_text import cli
-from nin_text.options import PredictOptions, add_options, parse_options
+from nin_text.options import PredictOptions
 
 EXAMPLES = """\
   python scripts/predict_text.py --model runs/demo_reviews-nin-text-base-seed0 "The plot is witty ."
-  python scripts/predict_text.py --model runs/imdb-nin-text-base-seed0 --file reviews.csv
-  head reviews.txt | python scripts/predict_text.py --model runs/imdb-nin-text-base-seed0 --explain
+  python scripts/predict_text.py --model runs/demo_reviews-nin-text-base-seed0 --explain \\
+      "The plot was witty at first but dull in the end ."
+  echo "The plot is dull ." | python scripts/predict_text.py \\
+      --model runs/demo_reviews-nin-text-base-seed0
+  python scripts/predict_text.py --model runs/imdb-nin-text-base-seed0 --file reviews.csv > out
 """
 
 
 def main() -> None:
-    parser = cli.parser(__doc__, EXAMPLES)
-    parser.add_argument("texts", nargs="*", metavar="TEXT", help="text to classify")
-    add_options(parser, PredictOptions)
-    arguments = parser.parse_args()
-    options = parse_options(PredictOptions, arguments)
-    if arguments.texts and options.file:
-        parser.error("give texts or --file, not both")
-    cli.set_up_logging(quiet=options.quiet, verbose=options.verbose)
+    options = cli.parse(PredictOptions, __doc__, EXAMPLES)
 
     def work() -> Iterator[dict[str, Any]]:
-        from nin_text.inference import (
-            predict_text,  # imports torch: seconds that --help must not take
-        )
+        # Imports torch: seconds that --help must not take.
+        from nin_text.inference import predict_text
 
-        texts: Iterable[str] | None = arguments.texts or None
-        if texts is None and options.file is None:
+        lines = None
+        if not options.texts and options.file is None:
             if sys.stdin.isatty():
                 print("reading texts from the keyboard, one a line", file=sys.stderr)
             lines = io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8", errors="replace")
-            texts = (line.rstrip("\n") for line in lines)
-        return predict_text(options, texts)
+        return predict_text(options, lines)
 
     cli.run(work)
 

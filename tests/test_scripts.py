@@ -45,8 +45,7 @@ def test_help_shows_defaults_and_three_examples_and_imports_nothing_heavy(
 ) -> None:
     help_text = script(name, "--help").out
     examples = help_text.partition("examples:\n")[2].strip().splitlines()
-    assert len(examples) >= 3
-    assert all(f"scripts/{name}.py" in line for line in examples)
+    assert sum(f"scripts/{name}.py" in line for line in examples) >= 3
     assert "(default: auto)" in help_text
     probe = (
         f"import sys, runpy; sys.argv = ['x', '--help']\n"

@@ -118,26 +118,6 @@ def test_any_csv_trains_and_the_saved_model_evaluates_on_it(script: Script, tmp_
     assert set(again["per_class"]) == {"cat", "dog"}
 
 
-def test_evaluating_repeats_the_figures_of_training(script: Script, trained: Path) -> None:
-    metrics = json.loads((trained / "metrics.json").read_text())
-    result = script(
-        "evaluate_text", "--model", trained, "--dataset", "demo_reviews", "--output-dir", "out"
-    ).result
-    for name in ("accuracy", "macro_f1", "confusion_matrix"):
-        assert result[name] == metrics["test"][name]
-    assert result["log_loss"] == pytest.approx(metrics["test"]["log_loss"], rel=1e-3)
-
-
-def test_the_same_seed_gives_the_same_weights_and_another_gives_others(
-    script: Script, tmp_path: Path
-) -> None:
-    weights = []
-    for folder, seed in (("a", 1), ("b", 1), ("c", 2)):
-        script("train_text", *QUICK, "--output-dir", folder, "--seed", seed).result  # noqa: B018
-        weights.append((tmp_path / folder / "model.safetensors").read_bytes())
-    assert weights[0] == weights[1] != weights[2]
-
-
 def test_a_transformer_goes_through_the_same_command(script: Script, tmp_path: Path) -> None:
     from transformers import BertConfig, BertForSequenceClassification
 
@@ -212,36 +192,20 @@ def test_a_run_killed_in_the_middle_and_resumed_ends_with_the_same_weights(
     assert "epochs 6, not 7" in other.complaint
 
 
-def test_resuming_what_was_never_begun_begins_it(script: Script) -> None:
-    result = script("train_text", *QUICK, "--resume")
-    assert "no run to resume" in result.err
-    assert result.result["output_dir"] == "run"
-
-
 # ---- predicting --------------------------------------------------------------------------------
 
 GOOD, BAD = "The plot is witty .", "The plot is not witty at all ."
 
 
-def test_texts_are_classified_from_arguments_file_and_pipe_alike(
-    script: Script, trained: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "a.txt").write_text(f"{GOOD}\n{BAD}\n")
-    write(tmp_path / "a.csv", [GOOD, BAD], [0, 0])
-    runs = [
-        script("predict_text", "--model", trained, GOOD, BAD),
-        script("predict_text", "--model", trained, "--file", "a.txt"),
-        script("predict_text", "--model", trained, "--file", "a.csv"),
-        script("predict_text", "--model", trained, stdin=f"{GOOD}\n{BAD}\n"),
-    ]
-    for run in runs:
-        assert run.status == 0, run.err
-        assert run.lines == runs[0].lines
-    first, second = runs[0].lines
+def test_texts_are_classified_from_arguments_and_pipe_alike(script: Script, trained: Path) -> None:
+    run = script("predict_text", "--model", trained, GOOD, BAD)
+    assert run.status == 0, run.err
+    first, second = run.lines
     assert (first["text"], first["label"]) == (GOOD, "positive")
     assert (second["text"], second["label"]) == (BAD, "negative")
     assert first["probability"] == first["probabilities"]["positive"] > 0.5
     assert sum(first["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+    assert script("predict_text", "--model", trained, stdin=f"{GOOD}\r\n{BAD}").lines == run.lines
 
 
 def test_explain_colours_the_tokens_and_adds_the_evidence(script: Script, trained: Path) -> None:
@@ -317,11 +281,6 @@ def bad_input(kind: str, folder: Path) -> tuple[list[str], str]:
             return ["--model", "nomodel"], "nomodel is no model folder"
         case "no network":
             return ["--dataset", "yelp_polarity"], "data/yelp_polarity"
-        case "an unknown device":
-            return ["--device", "tpu"], "there is no device 'tpu'"
-        case "a folder that cannot be written":
-            (folder / "taken").write_text("a file")
-            return ["--output-dir", "taken/run"], "taken"
     raise AssertionError(kind)
 
 
@@ -330,8 +289,7 @@ def bad_input(kind: str, folder: Path) -> tuple[list[str], str]:
     [
         *("missing file", "empty file", "wrong column", "one class"),
         *("labels in test unseen in train", "NaN labels", "empty and null texts", "binary file"),
-        *("a folder that is no model", "no network", "an unknown device"),
-        "a folder that cannot be written",
+        *("a folder that is no model", "no network"),
     ],
 )
 def test_a_mistake_gets_one_sentence_and_no_traceback(
@@ -352,22 +310,3 @@ def test_a_model_that_is_none_is_refused_everywhere(
     extra = ["text"] if name == "predict_text" else []
     assert "no model folder" in script(name, "--model", "nomodel", *extra).complaint
     assert script(name, *extra).status == 2  # --model is required
-
-
-def test_mistakes_in_what_to_predict_are_refused(
-    script: Script, trained: Path, tmp_path: Path
-) -> None:
-    missing = script("predict_text", "--model", trained, "--file", "nothing.txt")
-    assert "there is no file nothing.txt" in missing.complaint
-    write(tmp_path / "a.csv", ["a"], [1])
-    column = script("predict_text", "--model", trained, "--file", "a.csv", "--text-column", "body")
-    assert "no column 'body'" in column.complaint
-    assert script("predict_text", "--model", trained, "--file", "a.csv", "text").status == 2
-
-
-def test_labels_that_a_model_does_not_know_are_refused(
-    script: Script, trained: Path, tmp_path: Path
-) -> None:
-    write(tmp_path / "a.csv", ["fine", "odd"], ["positive", "strange"])
-    run = script("evaluate_text", "--model", trained, "--dataset", "a.csv")
-    assert "'strange' (row 2)" in run.complaint

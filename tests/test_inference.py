@@ -1,0 +1,84 @@
+"""Saved classifiers on labelled data and on new texts, in this process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from nin_text.errors import UserError
+from nin_text.inference import evaluate_text, predict_text
+from nin_text.options import EvaluateOptions, PredictOptions
+
+GOOD, BAD = "The plot is witty .", "The plot is not witty at all ."
+
+
+def predict(model: Path, **options) -> list[dict]:
+    return list(predict_text(PredictOptions(model=str(model), **options)))
+
+
+def test_texts_and_files_are_classified_alike(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(f"{GOOD}\n{BAD}\n")
+    table = pd.DataFrame({"review": [GOOD, BAD]})
+    table.to_csv(tmp_path / "a.csv", index=False)
+    table.to_parquet(tmp_path / "a.parquet")
+    expected = predict(trained, texts=[GOOD, BAD])
+    assert [line["label"] for line in expected] == ["positive", "negative"]
+    for name in ("a.txt", "a.csv", "a.parquet"):
+        assert predict(trained, file=tmp_path / name) == expected
+    assert predict(trained, texts=[GOOD, BAD], limit=1) == expected[:1]
+
+
+def test_the_batch_that_a_text_is_in_does_not_change_its_answer(trained: Path) -> None:
+    texts = [GOOD, BAD, "We saw it on Friday . " * 20 + GOOD] * 3
+    for line in predict(trained, texts=texts, batch_tokens=1):
+        (alone,) = predict(trained, texts=[line["text"]])
+        assert alone["label"] == line["label"]
+        assert alone["probability"] == pytest.approx(line["probability"], abs=1e-5)
+
+
+def test_missing_texts_of_a_file_get_an_answer_like_empty_ones(
+    trained: Path, tmp_path: Path
+) -> None:
+    pd.DataFrame({"text": [None, "", GOOD]}).to_parquet(tmp_path / "a.parquet")
+    missing, empty, good = predict(trained, file=tmp_path / "a.parquet")
+    assert missing == empty
+    assert good["label"] == "positive"
+
+
+def test_mistakes_in_what_to_predict_are_refused(trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no file"):
+        predict(trained, file=tmp_path / "nothing.txt")
+    pd.DataFrame({"text": ["a"]}).to_csv(tmp_path / "a.csv", index=False)
+    with pytest.raises(UserError, match="no column 'body'"):
+        predict(trained, file=tmp_path / "a.csv", text_column="body")
+    with pytest.raises(UserError, match="not both"):
+        predict(trained, file=tmp_path / "a.csv", texts=["b"])
+
+
+def test_evaluating_repeats_the_figures_of_training(trained: Path, tmp_path: Path) -> None:
+    metrics = json.loads((trained / "metrics.json").read_text())
+    for split in ("validation", "test"):
+        result = evaluate_text(
+            EvaluateOptions(
+                model=str(trained), dataset="demo_reviews", split=split, output_dir=tmp_path
+            )
+        )
+        for name in ("accuracy", "macro_f1", "confusion_matrix", "accuracy_interval_95"):
+            assert result[name] == metrics[split][name]
+        assert result["log_loss"] == pytest.approx(metrics[split]["log_loss"], rel=0.05)
+    written = json.loads((tmp_path / "metrics.json").read_text())
+    assert written["accuracy"] == result["accuracy"]
+    assert (tmp_path / "confusion.png").stat().st_size > 1000
+
+
+def test_labels_that_a_model_does_not_know_are_refused(trained: Path, tmp_path: Path) -> None:
+    pd.DataFrame({"text": ["fine", "odd"], "label": ["positive", "strange"]}).to_csv(
+        tmp_path / "a.csv", index=False
+    )
+    with pytest.raises(UserError, match=r"'strange' \(row 2\)"):
+        evaluate_text(EvaluateOptions(model=str(trained), dataset=str(tmp_path / "a.csv")))
+    with pytest.raises(UserError, match="classes trained on"):
+        evaluate_text(EvaluateOptions(model=str(trained), dataset="demo_topics"))

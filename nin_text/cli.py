@@ -17,8 +17,13 @@ from nin_text.options import CommonOptions, add_options, parse_options
 
 Options = TypeVar("Options", bound=CommonOptions)
 
-# Raised as plain RuntimeErrors and the like by the libraries that write weights.
-DISK_FULL = ("No space left on device", "PytorchStreamWriter failed", "Disk quota exceeded")
+# What the libraries that write weights say, in exceptions of every type, when the disk is full.
+DISK_FULL = (
+    "No space left on device",
+    "Disk quota exceeded",
+    "PytorchStreamWriter failed",
+    "inline_container.cc",
+)
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR, errno.EISDIR)
 
 

@@ -1,0 +1,90 @@
+"""What the scripts share: JSON to standard output, mistakes in one sentence."""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from nin_text import cli
+from nin_text.errors import UserError
+
+
+def failing(error: BaseException):
+    def work() -> dict:
+        raise error
+
+    return work
+
+
+def test_results_go_to_standard_output_and_everything_else_to_standard_error(
+    capsys: pytest.CaptureFixture,
+) -> None:
+    def work() -> Iterator[dict]:
+        print("chatter")
+        yield {"a": "ü"}
+        yield {"b": 1.5}
+
+    cli.run(work)
+    captured = capsys.readouterr()
+    assert captured.out == '{"a": "ü"}\n{"b": 1.5}\n'
+    assert captured.err == "chatter\n"
+    assert sys.stdout is not sys.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (UserError("there is no file x"), "there is no file x"),
+        (OSError(errno.ENOSPC, "No space left on device", "/x/y"), "the disk is full"),
+        (
+            RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 1 vs 2"),
+            "the disk is full",
+        ),
+        (
+            RuntimeError("Error while serializing: I/O error: No space left on device (os 28)"),
+            "the disk is full",
+        ),
+        (PermissionError(errno.EACCES, "Permission denied", "/x"), "cannot write or read /x"),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "/x"), "cannot write or read /x"),
+        (MemoryError(), "too little memory"),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate"),
+            "too little memory",
+        ),
+    ],
+)
+def test_what_the_user_can_mend_is_one_sentence(
+    error: Exception, message: str, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.run(failing(error))
+    assert caught.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_what_was_printed_before_a_mistake_stays(capsys: pytest.CaptureFixture) -> None:
+    def work() -> Iterator[dict]:
+        yield {"a": 1}
+        raise UserError("line 2 is damaged")
+
+    with pytest.raises(SystemExit):
+        cli.run(work)
+    assert capsys.readouterr().out == '{"a": 1}\n'
+
+
+def test_ctrl_c_has_its_own_status() -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.run(failing(KeyboardInterrupt()))
+    assert caught.value.code == 130
+
+
+def test_a_fault_of_ours_is_not_hidden() -> None:
+    with pytest.raises(ZeroDivisionError):
+        cli.run(failing(ZeroDivisionError()))

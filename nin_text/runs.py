@@ -144,7 +144,7 @@ def _finished(folder: Path, record: dict[str, Any]) -> dict[str, Any] | None:
         metrics = json.loads((folder / report.METRICS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    whole = metrics["options"] == record and not (folder / "checkpoints").exists()
+    whole = metrics.get("options") == record and not (folder / "checkpoints").exists()
     return _summary(metrics, folder) if whole else None
 
 

@@ -32,9 +32,11 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_utils import rotate_checkpoints
 
 from nin_text.errors import UserError
 from nin_text.evaluation import pad, predict_logits, softmax
+from nin_text.report import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -300,7 +302,14 @@ class TextTrainer(Trainer):
             if self.average is not None:
                 self.average.save(folder / AVERAGE_FILE)
             record = {"step": self.state.global_step, "seconds": self._elapsed()}
-            (folder / COMPLETE_FILE).write_text(json.dumps(record))
+            write_json(folder / COMPLETE_FILE, record)
+            # Only now, and not in the Trainer (save_total_limit), which would remove the last whole
+            # checkpoint while this one still lacks its averaged weights.
+            rotate_checkpoints(
+                output_dir=str(folder.parent),
+                save_total_limit=1,
+                best_model_checkpoint=self._best_checkpoint(),
+            )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -310,11 +319,18 @@ class TextTrainer(Trainer):
             self.average.load(Path(resume_from_checkpoint) / AVERAGE_FILE)
 
     def _load_best_model(self) -> None:
-        assert self.state.best_model_checkpoint is not None
+        best = self.state.best_model_checkpoint = self._best_checkpoint()
         if self.average is None:
             super()._load_best_model()
-        else:
-            self.average.load(Path(self.state.best_model_checkpoint) / AVERAGE_FILE)
+        elif best is not None:
+            self.average.load(Path(best) / AVERAGE_FILE)
+
+    def _best_checkpoint(self) -> str | None:
+        """Its path now: the run may have been moved, or resumed from another working directory."""
+        best = self.state.best_model_checkpoint
+        return (
+            None if best is None else str(Path(cast(str, self.args.output_dir)) / Path(best).name)
+        )
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -359,7 +375,6 @@ def training_arguments(
         use_cpu=device.type == "cpu",
         eval_strategy="epoch",
         save_strategy="epoch",
-        save_total_limit=1,
         load_best_model_at_end=True,
         metric_for_best_model="accuracy",
         greater_is_better=True,

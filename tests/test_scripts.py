@@ -177,7 +177,8 @@ def test_a_run_killed_in_the_middle_and_resumed_ends_with_the_same_weights(
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (folder / "model.safetensors").exists()
-    resumed = script("train_text", *arguments, "--output-dir", "killed", "--resume")
+    folder = folder.rename(tmp_path / "moved")
+    resumed = script("train_text", *arguments, "--output-dir", "moved", "--resume")
     assert "resuming from" in resumed.err
     assert resumed.result["test_accuracy"] == whole["test_accuracy"]
     expected = load_file(tmp_path / "whole" / "model.safetensors")
@@ -185,10 +186,10 @@ def test_a_run_killed_in_the_middle_and_resumed_ends_with_the_same_weights(
     assert set(weights) == set(expected)
     for name, value in expected.items():
         assert (weights[name] == value).all(), name
-    again = script("train_text", *arguments, "--output-dir", "killed", "--resume")
+    again = script("train_text", *arguments, "--output-dir", "moved", "--resume")
     assert again.result == resumed.result
     assert "finished" in again.err
-    other = script("train_text", *arguments[:-1], "7", "--output-dir", "killed", "--resume")
+    other = script("train_text", *arguments[:-1], "7", "--output-dir", "moved", "--resume")
     assert "epochs 6, not 7" in other.complaint
 
 

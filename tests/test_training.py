@@ -200,6 +200,37 @@ def test_the_newest_whole_checkpoint_is_found_and_those_cut_short_are_removed(
     assert not (tmp_path / "checkpoint-12").exists()
 
 
+def test_a_checkpoint_is_removed_only_when_the_next_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(1, 30, 10, dtype=np.int32) for _ in range(40)]
+    trainer = small_trainer(tmp_path, rows, [int(row[0] > 15) for row in rows], ema_decay=0.5)
+    save, saved = trainer.average.save, []
+
+    def save_once(path: Path) -> None:
+        if saved:
+            raise OSError("killed here")
+        saved.append(path)
+        save(path)
+
+    monkeypatch.setattr(trainer.average, "save", save_once)
+    with pytest.raises(OSError, match="killed here"):
+        trainer.train()
+    assert (tmp_path / "checkpoint-10").exists(), "the second checkpoint was begun"
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-5"
+
+
+def test_the_best_and_the_last_checkpoint_are_kept(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(1, 30, 10, dtype=np.int32) for _ in range(40)]
+    labels = [int(row[0] > 15) for row in rows]
+    trainer = small_trainer(tmp_path, rows, labels, epochs=4, learning_rate=0.1, ema_decay=0.5)
+    trainer.train()
+    kept = {path.name for path in tmp_path.glob("checkpoint-*")}
+    assert kept == {Path(trainer.state.best_model_checkpoint).name, "checkpoint-20"}
+
+
 def test_checkpoints_hold_no_pickled_weights(tmp_path: Path) -> None:
     rows = [np.arange(1, 9, dtype=np.int32)] * 16
     small_trainer(tmp_path, rows, [0, 1] * 8, ema_decay=0.5).train()

@@ -24,7 +24,10 @@ DISK_FULL = (
     "PytorchStreamWriter failed",
     "inline_container.cc",
 )
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENOTDIR, errno.EISDIR)
+FILE_ERRORS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR),
+    *(errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
+}
 
 
 def parse(cls: type[Options], description: str | None, examples: str) -> Options:
@@ -76,7 +79,9 @@ def run(work: Callable[[], dict[str, Any] | Iterator[dict[str, Any]]]) -> None:
     try:
         results = work()
         for result in [results] if isinstance(results, dict) else results:
-            print(json.dumps(result, ensure_ascii=False), file=stdout, flush=True)
+            line = json.dumps(result, ensure_ascii=False)
+            # Lone surrogates, which arguments in another encoding contain, cannot be printed.
+            print(line.encode("utf-8", "replace").decode(), file=stdout, flush=True)
     except UserError as error:
         _fail(str(error))
     except KeyboardInterrupt:
@@ -97,8 +102,8 @@ def _resource_message(error: Exception) -> str | None:
     """One sentence if the machine lacks disk, permission or memory; None for anything else."""
     text = str(error)
     if any(sign in text for sign in DISK_FULL):
-        return f"the disk is full ({' '.join(text.split())[:160]}); make room and use --resume"
-    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        return f"the disk is full ({' '.join(text.split())[:160]}); make room and try again"
+    if isinstance(error, OSError) and error.errno in FILE_ERRORS:
         return f"cannot write or read {error.filename or 'a file'}: {error.strerror}"
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return "there is too little memory; lower --batch-tokens or --max-length"

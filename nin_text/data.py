@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 SPLIT_SEED = 20131216  # the day the paper was posted; never the training seed
 VALIDATION_SHARE = 0.1
 MAX_VALIDATION = 5000
+MIN_EXAMPLES = 10
 NETWORK_TIMEOUT = 5.0  # seconds
 
 
@@ -116,7 +117,8 @@ class _Raw:
     tables: dict[str, Callable[[], Table]]
     text_columns: tuple[str, ...] = ()
     label_column: str | None = None
-    label_names: Sequence[str] | None = None
+    label_names: Sequence[str] | None = None  # of the usual label column
+    names_by_column: dict[str, list[str]] = field(default_factory=dict)
     train_rows: int = 0  # of the whole data set, of which this may be a part
     notes: list[str] = field(default_factory=list)
 
@@ -149,16 +151,24 @@ def load_text_dataset(
         texts_from: tuple[str, ...] | None = raw.text_columns
     else:
         texts_from = None if text_column is None else (text_column,)
+    usual_column = label_column is None
     label_column = label_column or raw.label_column
     columns: dict[str, tuple[list[str], list[Any] | None]] = {}
     notes = list(raw.notes)
     for split, read in raw.tables.items():
         if split != "unsupervised" or unsupervised:
-            columns[split] = _columns(read(), split, texts_from, label_column, drop_empty, notes)
+            table = read()
+            columns[split] = _columns(table, split, texts_from, label_column, drop_empty, notes)
+            if label_column is None and split != "unsupervised":
+                label_column = readers.pick_column(
+                    table, None, readers.LABEL_COLUMNS, "--label-column"
+                )
     rows = len(columns["train"][0]) if "train" in columns else 0
     if rows < raw.train_rows:
         notes.append(f"partial training set: {rows:,} of the {raw.train_rows:,} rows of {name}")
-    label_names = _label_names(raw, columns)
+    given = list(raw.label_names or []) if usual_column else []
+    given = given or raw.names_by_column.get(label_column or "", [])
+    label_names = _label_names(given, columns)
     splits = {
         split: Split(texts, _label_indices(labels, label_names, split))
         for split, (texts, labels) in columns.items()
@@ -167,7 +177,7 @@ def load_text_dataset(
     if limit is not None:
         splits = {split: _subset(part, limit) for split, part in splits.items()}
         notes.append(f"at most {limit} examples of each split were used (--limit)")
-    _check_labels(splits, label_names)
+    _check_labels(splits, label_names, notes)
     counts = ", ".join(f"{len(part):,} {split}" for split, part in splits.items())
     logger.info("%s from %s: %s", name, raw.source, counts)
     logger.info("classes: %s", ", ".join(label_names))
@@ -201,7 +211,7 @@ def load_split(
     Raises:
         UserError: also if the data has a class that the model does not know.
     """
-    path = Path(name).expanduser()
+    path = _path(name)
     if path.is_file():
         notes: list[str] = []
         columns = None if text_column is None else (text_column,)
@@ -230,6 +240,15 @@ def load_split(
 # ---- finding -----------------------------------------------------------------------------------
 
 
+def _path(name: str) -> Path:
+    if not name:
+        raise UserError("--dataset is empty; give a name, a file, a folder or a hub id")
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:  # ~nobody
+        raise UserError(f"there is no file or folder {name}") from error
+
+
 def _find(name: str, data_dir: Path | None) -> _Raw:
     if name in demo_data.LABELS:
         tables: dict[str, Callable[[], Table]] = {
@@ -239,7 +258,7 @@ def _find(name: str, data_dir: Path | None) -> _Raw:
         return _Raw("generated", tables, ("text",), "label", demo_data.LABELS[name])
     if name in KNOWN:
         return _find_known(name, data_dir)
-    path = Path(name).expanduser()
+    path = _path(name)
     if path.is_dir():
         return _read_folder(path)
     if path.exists():
@@ -376,10 +395,11 @@ def _from_datasets(loaded: Any, source: str) -> _Raw:
     if not raw.tables:
         raise UserError(f"{source} has no split named train or test, only {', '.join(parts)}")
     features = next(iter(parts.values())).features
-    for name in readers.LABEL_COLUMNS:
-        if isinstance(features.get(name), datasets.ClassLabel):
-            raw.label_names = features[name].names
-            break
+    raw.names_by_column = {
+        name: list(feature.names)
+        for name, feature in features.items()
+        if isinstance(feature, datasets.ClassLabel)
+    }
     return raw
 
 
@@ -445,16 +465,19 @@ def _label_key(value: Any) -> int | str:
     if isinstance(value, (bool, int)):
         return int(value)
     text = str(value).strip()
-    return int(text) if text.isdecimal() and text.isascii() and str(int(text)) == text else text
+    number = text.isdecimal() and text.isascii() and len(text) < 19 and str(int(text)) == text
+    return int(text) if number else text
 
 
-def _label_names(raw: _Raw, columns: dict[str, tuple[list[str], list[Any] | None]]) -> list[str]:
-    """Class names by index, from the data set or from the labels of the training split."""
+def _label_names(
+    given: list[str], columns: dict[str, tuple[list[str], list[Any] | None]]
+) -> list[str]:
+    """Class names by index: those that the data set brings, or its training labels in order."""
     _check_present(columns)
     reference = columns.get("train") or next(iter(columns.values()))
     keys = {_label_key(label) for label in reference[1] or []}
-    if raw.label_names and keys <= set(range(len(raw.label_names))):
-        return list(raw.label_names)
+    if given and keys <= set(range(len(given))):
+        return given
     numbers = sorted(key for key in keys if isinstance(key, int))
     words = sorted(key for key in keys if isinstance(key, str))
     return [str(key) for key in [*numbers, *words]]
@@ -473,15 +496,18 @@ def _check_present(columns: dict[str, tuple[list[str], list[Any] | None]]) -> No
 def _label_indices(labels: list[Any] | None, names: Sequence[str], split: str) -> list[int]:
     """Class indices from labels that are names, indices, or either as text."""
     index = {name: i for i, name in enumerate(names)}
+    # Numbers count classes only where no class is itself named by a number: a label 0 beside the
+    # classes "1" and "2" is unknown, not the first of them.
+    named_by_number = any(isinstance(_label_key(name), int) for name in names)
     if labels is None:
         return []
     result = []
     for row, label in enumerate(labels):
         key = _label_key(label)
-        if isinstance(key, int) and str(key) not in index and 0 <= key < len(names):
-            result.append(key)
-        elif str(key) in index:
+        if str(key) in index:
             result.append(index[str(key)])
+        elif isinstance(key, int) and not named_by_number and 0 <= key < len(names):
+            result.append(key)
         else:
             raise UserError(
                 f"the {split} split has the label {label!r} (row {row + 1}), which is not among "
@@ -500,15 +526,18 @@ def _make_missing_splits(splits: dict[str, Split], notes: list[str]) -> None:
         splits["unsupervised"] = Split(texts, [-1] * len(texts))
     if "train" not in splits:
         raise UserError("there is no training split (a file named train.*)")
+    total = len(splits["train"])
     for split in ("test", "validation"):
         if split not in splits:
             train = splits["train"]
             size = min(math.ceil(len(train) * VALIDATION_SHARE), MAX_VALIDATION)
-            if len(train) < 10:
-                raise UserError(f"{len(train)} examples are too few to train and test on")
+            if total < MIN_EXAMPLES:
+                raise UserError(f"{total} examples are too few to train and test on")
             taken, rest = stratified(train.labels, size)
             splits[split], splits["train"] = train.take(taken), train.take(rest)
-            notes.append(f"the {split} split is {size:,} examples carved from train (fixed seed)")
+            notes.append(
+                f"the {split} split is {len(taken):,} examples carved from train (fixed seed)"
+            )
 
 
 def stratified(labels: Sequence[int], size: int) -> tuple[list[int], list[int]]:
@@ -542,7 +571,7 @@ def _subset(split: Split, limit: int) -> Split:
     return split.take(range(limit))
 
 
-def _check_labels(splits: dict[str, Split], names: list[str]) -> None:
+def _check_labels(splits: dict[str, Split], names: list[str], notes: list[str]) -> None:
     counts = Counter(splits["train"].labels)
     if len(counts) < 2:
         raise UserError(
@@ -551,4 +580,11 @@ def _check_labels(splits: dict[str, Split], names: list[str]) -> None:
         )
     for split in ("validation", "test"):
         if not len(splits[split]):
-            raise UserError(f"the {split} split is empty")
+            raise UserError(
+                f"the {split} split is empty; there must be classes with two examples and more"
+            )
+    for split in ("train", "test"):
+        missing = sorted(set(range(len(names))) - set(splits[split].labels))
+        if missing:
+            shown = ", ".join(names[i] for i in missing[:10])
+            notes.append(f"{len(missing)} classes have no example in the {split} split: {shown}")

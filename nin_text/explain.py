@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from nin_text.text import NiNTextForSequenceClassification
-from nin_text.tokenization import clean
+from nin_text.tokenization import clean, truncation
 
 CONTRAST = 0.75  # share of the strongest colour given to the strongest token
 
@@ -46,7 +46,7 @@ def explain(
         max_length: cut the text to this many tokens.
     """
     text = clean(text)
-    cut = {"truncation": True, "max_length": max_length} if max_length else {}
+    cut = truncation(tokenizer, max_length)
     encoded = tokenizer(text, return_offsets_mapping=True, verbose=False, **cut)
     ids, spans = encoded["input_ids"], encoded["offset_mapping"]
     if not ids:

@@ -80,9 +80,9 @@ def evaluate_text(options: EvaluateOptions) -> dict[str, Any]:
     if options.output_dir is not None:
         options.output_dir.mkdir(parents=True, exist_ok=True)
         matrix = result["confusion_matrix"]
-        report.plot_confusion(matrix, names, options.output_dir / "confusion.png")
+        report.plot_confusion(matrix, names, options.output_dir / "evaluation.png")
         report.write_json(
-            options.output_dir / report.METRICS_FILE,
+            options.output_dir / "evaluation.json",
             result | {"command": report.command(), "environment": report.environment(model.device)},
         )
     return result

@@ -18,6 +18,7 @@ from transformers import (
 from nin_text.configuration import PRESETS, NiNTextConfig
 from nin_text.errors import UserError
 from nin_text.options import TrainOptions
+from nin_text.report import METRICS_FILE
 from nin_text.text import NiNTextForSequenceClassification
 from nin_text.tokenization import KINDS, cached_tokenizer, load_tokenizer
 
@@ -85,13 +86,19 @@ def _from_outside(
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise UserError(f"{name} is no model folder: it holds no config.json")
     try:
-        config = AutoConfig.from_pretrained(name, **names)
+        config = AutoConfig.from_pretrained(
+            name, problem_type="single_label_classification", **names
+        )
         model = AutoModelForSequenceClassification.from_pretrained(
             name, config=config, ignore_mismatched_sizes=True, use_safetensors=True
         )
     except Exception as error:
         raise UserError(_cannot_load(name, error)) from error
-    return model, load_tokenizer(name)
+    tokenizer = load_tokenizer(name)
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None:
+        tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
+    return model, tokenizer
 
 
 def load(folder: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -110,6 +117,11 @@ def load(folder: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         model = AutoModelForSequenceClassification.from_pretrained(folder, use_safetensors=True)
     except Exception as error:
         raise UserError(_cannot_load(folder, error)) from error
+    if model.config.problem_type not in (None, "single_label_classification"):
+        raise UserError(
+            f"{folder} is a model for {model.config.problem_type.replace('_', ' ')}; these scripts "
+            f"answer with one class for each text"
+        )
     return model.eval(), load_tokenizer(folder)
 
 
@@ -129,6 +141,8 @@ def label_names(model: PreTrainedModel) -> list[str]:
 def trained_max_length(folder: str) -> int | None:
     """The length to which a run cut its training texts; None if it did not, or is no run."""
     try:
-        return json.loads((Path(folder) / "options.json").read_text(encoding="utf-8"))["max_length"]
-    except (OSError, ValueError, KeyError):
+        # Not options.json: that may already belong to a next run, which has yet to finish.
+        metrics = json.loads((Path(folder) / METRICS_FILE).read_text(encoding="utf-8"))
+        return int(metrics["options"]["max_length"])
+    except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -23,6 +23,11 @@ PRECISIONS = ("auto", "bf16", "fp32")
 MODEL_HELP = "run folder, or the hub id of any sequence classifier"
 PRECISION_HELP = "bf16, fp32, or auto for bf16 where the processor multiplies it natively"
 
+# Options that only a NiN preset can honour.
+NIN_ONLY = (
+    "tokenizer vocab_size lowercase pooling word_dropout dropout class_weights label_smoothing"
+).split()
+
 # Lowest and highest value that each option may have.
 RANGES: dict[str, tuple[float, float]] = {
     "limit": (1, math.inf),
@@ -168,7 +173,9 @@ class EvaluateOptions(CommonOptions, DataOptions):
     max_length: int | None = option("cut texts to this many tokens (default: as in training)")
     batch_tokens: int = option("most tokens in a batch, padding included", 32_768)
     precision: str = option(PRECISION_HELP, "auto", choices=PRECISIONS)
-    output_dir: Path | None = option("also write metrics.json and confusion.png to this folder")
+    output_dir: Path | None = option(
+        "also write evaluation.json and evaluation.png (the confusion matrix) to this folder"
+    )
 
 
 @dataclass
@@ -219,9 +226,21 @@ def with_recipe(options: TrainOptions, examples: int) -> TrainOptions:
     if options.model in PRESET_NAMES:
         recipe |= RECIPES.get(options.dataset, {})
     else:
+        _check_outside(options)
         recipe |= RECIPES["transformer"]
     missing = {name: value for name, value in recipe.items() if getattr(options, name) is None}
     return dataclasses.replace(options, **missing)
+
+
+def _check_outside(options: TrainOptions) -> None:
+    """Refuse options that a model from outside would silently ignore."""
+    for spec in dataclasses.fields(TrainOptions):
+        if spec.name in NIN_ONLY and getattr(options, spec.name) != spec.default:
+            flag = "--" + spec.name.replace("_", "-")
+            raise UserError(
+                f"{flag} is for NiN presets ({', '.join(PRESET_NAMES)}); leave it out with "
+                f"--model {options.model}"
+            )
 
 
 def add_options(parser: argparse.ArgumentParser, cls: type) -> None:

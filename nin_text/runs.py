@@ -57,10 +57,10 @@ def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dic
     device = pick_device(options.device)
     folder = options.output_dir or Path("runs") / _run_name(options)
     record = _record(options, dataset)
-    checkpoint = _open_run_folder(folder, record, resume=options.resume)
     if options.resume and (finished := _finished(folder, record)) is not None:
         logger.info("%s is a finished run; nothing is left to do", folder)
         return finished
+    checkpoint = _open_run_folder(folder, record, resume=options.resume)
     keep_freed_memory()
     set_seed(options.seed)
     model, tokenizer = models.build(options, train.texts, train.labels, dataset.label_names)
@@ -112,15 +112,15 @@ def _open_run_folder(folder: Path, record: dict[str, Any], *, resume: bool) -> P
         checkpoint = last_checkpoint(checkpoints)
         if checkpoint is not None:
             logger.info("resuming from %s", checkpoint)
-        elif not (folder / report.METRICS_FILE).is_file():
+        else:
             logger.warning("%s holds no whole checkpoint yet; starting anew", folder)
         return checkpoint
     if resume:
         logger.warning("there is no run to resume in %s; starting one", folder)
     elif last_checkpoint(checkpoints) is not None:
         logger.warning("an unfinished run in %s is discarded (--resume would continue it)", folder)
-    shutil.rmtree(checkpoints, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
+    _discard(checkpoints)
     report.write_json(path, record)
     return None
 
@@ -130,6 +130,8 @@ def _check_same(record: dict[str, Any], path: Path, folder: Path) -> None:
         before = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is damaged; start anew without --resume") from error
+    if not isinstance(before, dict):
+        raise UserError(f"{path} is damaged; start anew without --resume")
     for name, value in record.items():
         if before.get(name) != value:
             raise UserError(
@@ -139,13 +141,21 @@ def _check_same(record: dict[str, Any], path: Path, folder: Path) -> None:
 
 
 def _finished(folder: Path, record: dict[str, Any]) -> dict[str, Any] | None:
-    """The summary of a run that came to its end, None otherwise."""
+    """The summary of a run of these options that came to its end, None otherwise."""
     try:
         metrics = json.loads((folder / report.METRICS_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return _summary(metrics, folder) if metrics["options"] == record else None
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    whole = metrics.get("options") == record and not (folder / "checkpoints").exists()
-    return _summary(metrics, folder) if whole else None
+
+
+def _discard(checkpoints: Path) -> None:
+    """Remove the checkpoints of a run; one that is half removed must not look whole."""
+    aside = checkpoints.with_name(".discarded")
+    shutil.rmtree(aside, ignore_errors=True)
+    if checkpoints.exists():
+        checkpoints.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _metrics(
@@ -212,7 +222,7 @@ def _trainer(
         options.model,
         f"{sum(p.numel() for p in model.parameters()):,}",
         f"{len(tokenizer):,}",
-        f"{len(trainer.get_train_dataloader()) // options.gradient_accumulation:,}",
+        f"{-(-len(trainer.get_train_dataloader()) // options.gradient_accumulation):,}",
         trainer.args.device,
     )
     return trainer
@@ -243,8 +253,8 @@ def _leave(
     for path in aside.iterdir():
         path.replace(folder / path.name)
     aside.rmdir()
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     report.write_json(folder / report.METRICS_FILE, metrics)
+    _discard(folder / "checkpoints")
     logger.info("the model, its metrics and plots are in %s", folder)
 
 

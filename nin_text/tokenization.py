@@ -190,10 +190,16 @@ def _first_line(error: Exception) -> str:
 
 def clean(text: str) -> str:
     """Replace what no tokenizer accepts: lone surrogates become U+FFFD."""
-    return text.encode("utf-8", "replace").decode() if _SURROGATE.search(text) else text
+    return _SURROGATE.sub("\ufffd", text)
 
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def truncation(tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> dict[str, Any]:
+    """Arguments of a tokenizer's call that cut texts to `max_length` or to what it can take."""
+    limit = min(max_length or UNLIMITED, tokenizer.model_max_length)
+    return {"truncation": True, "max_length": limit} if limit < UNLIMITED else {}
 
 
 def encode(
@@ -210,8 +216,7 @@ def encode(
         max_length: cut texts to this many tokens; None or 0 keeps everything.
         progress: title of a progress bar, or None for no bar.
     """
-    limit = min(max_length or UNLIMITED, tokenizer.model_max_length)
-    cut = {"truncation": True, "max_length": limit} if limit < UNLIMITED else {}
+    cut = truncation(tokenizer, max_length)
     fallback = tokenizer.unk_token_id if tokenizer.unk_token_id is not None else 0
     ids: list[np.ndarray] = []
     bar = tqdm(

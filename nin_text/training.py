@@ -85,7 +85,8 @@ class TokenBatchSampler(Sampler[list[int]]):
         multiple_of: int = 1,
     ) -> None:
         self.lengths = np.asarray(lengths)
-        self.work = np.maximum(self.lengths / batch_tokens, 1 / batch_size)
+        # The share of a batch that each text takes; a text longer than a batch fills one.
+        self.work = np.clip(self.lengths / batch_tokens, 1 / batch_size, 1)
         batches = math.ceil(round(self.work.sum(), 6) / multiple_of) * multiple_of
         self.batches = max(1, min(batches, len(self.lengths)))
         self.seed = seed
@@ -106,7 +107,12 @@ class TokenBatchSampler(Sampler[list[int]]):
             order = order[np.argsort(self.lengths[order], kind="stable")]
         middle = np.cumsum(self.work[order]) - self.work[order] / 2
         bounds = np.linspace(0, self.work.sum(), self.batches + 1)[1:-1]
-        batches = np.split(order, np.searchsorted(middle, bounds))
+        cuts = np.searchsorted(middle, bounds)
+        # Every batch gets a text: the i-th cut lies at i or later, and leaves enough for the rest.
+        steps = np.arange(1, self.batches)
+        cuts = np.maximum.accumulate(np.maximum(cuts - steps, 0)) + steps
+        cuts = np.minimum(cuts, len(order) - self.batches + steps)
+        batches = np.split(order, cuts)
         for i in rng.permutation(self.batches):
             yield batches[i].tolist()
 
@@ -139,9 +145,6 @@ class WeightAverage(TrainerCallback):
 class ProgressBar(TrainerCallback):
     """One bar for the whole training, and a line for each epoch."""
 
-    def __init__(self) -> None:
-        self.loss = math.nan
-
     def on_train_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
         self.bar: tqdm[None] = tqdm(
             desc="training",
@@ -159,19 +162,29 @@ class ProgressBar(TrainerCallback):
         self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args, state, control, logs=None, **kwargs):  # type: ignore[no-untyped-def]
-        self.loss = (logs or {}).get("loss", self.loss)
-        self.bar.set_postfix({"loss": f"{self.loss:.3f}"}, refresh=False)
+        if "loss" in (logs or {}):
+            self.bar.set_postfix({"loss": f"{logs['loss']:.3f}"}, refresh=False)
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):  # type: ignore[no-untyped-def]
         line = (
-            f"epoch {round(state.epoch)}/{args.num_train_epochs:.0f}: loss {self.loss:.3f}, "
-            f"validation accuracy {metrics['eval_accuracy']:.4f}"
+            f"epoch {round(state.epoch)}/{args.num_train_epochs:.0f}: "
+            f"validation accuracy {metrics['eval_accuracy']:.4f}, "
+            f"log loss {metrics['eval_loss']:.3f}"
         )
         with tqdm.external_write_mode(sys.stderr):
             logger.info(line)
 
     def on_train_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
         self.bar.close()
+
+
+class Patience(EarlyStoppingCallback):
+    """Early stopping that, when a run is resumed, remembers how long nothing has improved."""
+
+    def on_train_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
+        super().on_train_begin(args, state, control, **kwargs)
+        seen = [e["eval_accuracy"] for e in state.log_history if "eval_accuracy" in e]
+        self.early_stopping_patience_counter = len(seen) - 1 - seen.index(max(seen)) if seen else 0
 
 
 class StopOnNaN(TrainerCallback):
@@ -221,7 +234,7 @@ class TextTrainer(Trainer):
         for callback in (self.average, ProgressBar(), StopOnNaN()):
             if callback is not None:
                 self.add_callback(callback)
-        self.add_callback(EarlyStoppingCallback(early_stopping_patience=patience))
+        self.add_callback(Patience(early_stopping_patience=patience))
 
     def collate(self, examples: Sequence[tuple[np.ndarray, int]]) -> dict[str, torch.Tensor]:
         """A padded batch with its labels."""
@@ -281,7 +294,7 @@ class TextTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        dataset = eval_dataset or self.eval_dataset
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         truth = np.asarray(dataset.labels)
         logits = self.logits(dataset)
         picked = softmax(logits)[np.arange(len(truth)), truth]

@@ -49,6 +49,11 @@ def test_results_go_to_standard_output_and_everything_else_to_standard_error(
         ),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), "cannot write or read /x"),
         (NotADirectoryError(errno.ENOTDIR, "Not a directory", "/x"), "cannot write or read /x"),
+        (
+            FileExistsError(errno.EEXIST, "File exists", "/x"),
+            "cannot write or read /x: File exists",
+        ),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "/x"), "File name too long"),
         (MemoryError(), "too little memory"),
         (
             RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate"),
@@ -77,6 +82,11 @@ def test_what_was_printed_before_a_mistake_stays(capsys: pytest.CaptureFixture) 
     with pytest.raises(SystemExit):
         cli.run(work)
     assert capsys.readouterr().out == '{"a": 1}\n'
+
+
+def test_what_cannot_be_encoded_is_replaced(capsys: pytest.CaptureFixture) -> None:
+    cli.run(lambda: {"text": "caf\udce9"})
+    assert capsys.readouterr().out == '{"text": "caf?"}\n'
 
 
 def test_ctrl_c_has_its_own_status() -> None:

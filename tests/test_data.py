@@ -210,6 +210,58 @@ def test_a_test_label_unseen_in_training_is_refused(tmp_path: Path) -> None:
         load_text_dataset(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("train", "test"), [(("1", "2", "3"), ("0", "1")), ((0, 2), (0, 1)), (("a", "1"), ("a", "0"))]
+)
+def test_a_number_is_no_index_where_classes_have_numbers(tmp_path: Path, train, test) -> None:
+    frame(60, labels=train).to_csv(tmp_path / "train.csv", index=False)
+    frame(10, 100, labels=test).to_csv(tmp_path / "test.csv", index=False)
+    with pytest.raises(UserError, match="not among the classes trained on"):
+        load_text_dataset(str(tmp_path))
+
+
+def test_the_class_names_are_those_of_the_label_column(tmp_path: Path) -> None:
+    table = frame(40).assign(topic=[0, 1] * 20)
+    features = datasets.Features(
+        {
+            "text": datasets.Value("string"),
+            "label": datasets.ClassLabel(names=["no", "yes"]),
+            "topic": datasets.ClassLabel(names=["sport", "war"]),
+        }
+    )
+    datasets.Dataset.from_pandas(table, features=features).save_to_disk(tmp_path / "saved")
+    saved = str(tmp_path / "saved")
+    assert load_text_dataset(saved).label_names == ["no", "yes"]
+    assert load_text_dataset(saved, label_column="topic").label_names == ["sport", "war"]
+
+
+def test_class_names_of_a_known_data_set_belong_to_its_own_label(imdb: Path) -> None:
+    for name in ("train", "test"):
+        path = imdb / "imdb" / f"{name}.parquet"
+        pd.read_parquet(path).assign(other=lambda t: t["label"]).to_parquet(path)
+    dataset = load_text_dataset("imdb", data_dir=imdb, label_column="other")
+    assert dataset.label_names == ["0", "1"]
+
+
+def test_classes_without_test_examples_are_noted(tmp_path: Path) -> None:
+    frame(60, labels=("a", "b", "c")).to_csv(tmp_path / "train.csv", index=False)
+    frame(10, 100, labels=("a", "b")).to_csv(tmp_path / "test.csv", index=False)
+    notes = load_text_dataset(str(tmp_path)).notes
+    assert "1 classes have no example in the test split: c" in notes
+
+
+def test_a_label_of_thousands_of_digits_is_a_word(tmp_path: Path) -> None:
+    frame(40, labels=("9" * 5000, "8" * 5000)).to_csv(tmp_path / "a.csv", index=False)
+    assert len(load_text_dataset(str(tmp_path / "a.csv")).label_names) == 2
+
+
+def test_names_that_are_no_paths_are_refused() -> None:
+    with pytest.raises(UserError, match="--dataset is empty"):
+        load_text_dataset("")
+    with pytest.raises(UserError, match="there is no file or folder"):
+        load_text_dataset("~nobody-of-this-name/x.csv")
+
+
 def test_too_few_examples_are_refused(tmp_path: Path) -> None:
     frame(6).to_csv(tmp_path / "a.csv", index=False)
     with pytest.raises(UserError, match="6 examples are too few"):

@@ -41,6 +41,16 @@ def test_any_text_can_be_explained(classifier, text: str) -> None:
     to_terminal(explanation, 0)
 
 
+def test_the_text_that_is_explained_is_the_text_that_is_classified(classifier) -> None:
+    model, tokenizer = classifier
+    before, tokenizer.model_max_length = tokenizer.model_max_length, 3
+    try:
+        assert len(explain(model, tokenizer, "The plot was dull .").spans) == 3
+        assert len(explain(model, tokenizer, "The plot was dull .", max_length=2).spans) == 2
+    finally:
+        tokenizer.model_max_length = before
+
+
 def test_contrast_is_blind_to_what_all_classes_share() -> None:
     evidence = np.array([[1.0, 3.0], [5.0, 5.0]])
     explanation = Explanation("a b", [(0, 1), (2, 3)], evidence, evidence.sum(axis=0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -69,9 +70,29 @@ def test_evaluating_repeats_the_figures_of_training(trained: Path, tmp_path: Pat
         for name in ("accuracy", "macro_f1", "confusion_matrix", "accuracy_interval_95"):
             assert result[name] == metrics[split][name]
         assert result["log_loss"] == pytest.approx(metrics[split]["log_loss"], rel=0.05)
-    written = json.loads((tmp_path / "metrics.json").read_text())
+    written = json.loads((tmp_path / "evaluation.json").read_text())
     assert written["accuracy"] == result["accuracy"]
-    assert (tmp_path / "confusion.png").stat().st_size > 1000
+    assert (tmp_path / "evaluation.png").stat().st_size > 1000
+
+
+def test_evaluating_into_the_run_folder_leaves_the_run_as_it_was(
+    trained: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    evaluate_text(EvaluateOptions(model=str(folder), dataset="demo_reviews", output_dir=folder))
+    for path in trained.iterdir():
+        assert (folder / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_multi_label_model_is_refused(trained: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["problem_type"] = "multi_label_classification"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="one class for each text"):
+        predict(folder, texts=[GOOD])
 
 
 def test_labels_that_a_model_does_not_know_are_refused(trained: Path, tmp_path: Path) -> None:

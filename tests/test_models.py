@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -66,6 +67,22 @@ def test_a_transformer_from_outside_gets_the_classes_of_the_data(bert: Path) -> 
     assert tokenizer.model_max_length == 16
 
 
+def test_options_that_a_transformer_would_ignore_are_refused(bert: Path) -> None:
+    for option in ({"class_weights": "balanced"}, {"dropout": 0.5}, {"lowercase": False}):
+        with pytest.raises(UserError, match="is for NiN presets"):
+            build(model=str(bert), **option)
+
+
+def test_texts_are_cut_to_the_positions_that_a_transformer_has(bert: Path, tmp_path: Path) -> None:
+    shutil.copytree(bert, tmp_path / "bert")
+    path = tmp_path / "bert" / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    del config["model_max_length"]
+    path.write_text(json.dumps(config))
+    _, tokenizer = build(model=str(tmp_path / "bert"))
+    assert tokenizer.model_max_length == 16
+
+
 def test_folders_that_are_no_models_are_refused(tmp_path: Path, trained: Path) -> None:
     with pytest.raises(UserError, match="no model folder"):
         models.load(str(tmp_path))
@@ -97,3 +114,6 @@ def test_pickled_weights_are_never_read(tmp_path: Path, trained: Path) -> None:
 def test_the_length_of_training_is_remembered(tmp_path: Path, trained: Path) -> None:
     assert models.trained_max_length(str(trained)) == 0
     assert models.trained_max_length(str(tmp_path)) is None
+    for damage in ("{", "[]", '{"options": {"max_length": "x"}}'):
+        (tmp_path / "metrics.json").write_text(damage)
+        assert models.trained_max_length(str(tmp_path)) is None

@@ -57,9 +57,22 @@ def test_a_resumed_run_must_have_the_same_options_and_data(tmp_path: Path) -> No
         train_text(TrainOptions(**options, resume=True, learning_rate=0.1))
     with pytest.raises(UserError, match="limit 200, not 100"):
         train_text(TrainOptions(**{**options, "limit": 100}, resume=True))
-    (tmp_path / "run" / "options.json").write_text("{")
-    with pytest.raises(UserError, match=r"options\.json is damaged"):
-        train_text(TrainOptions(**options, resume=True))
+    (tmp_path / "run" / "metrics.json").unlink()
+    for damage in ("{", "[]"):
+        (tmp_path / "run" / "options.json").write_text(damage)
+        with pytest.raises(UserError, match=r"options\.json is damaged"):
+            train_text(TrainOptions(**options, resume=True))
+
+
+def test_a_run_killed_while_its_checkpoints_are_removed_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**QUICK, "output_dir": tmp_path / "run"}
+    with monkeypatch.context() as patch:
+        patch.setattr("nin_text.runs._discard", lambda path: None)
+        first = train_text(TrainOptions(**options))
+    assert (tmp_path / "run" / "checkpoints").exists()
+    assert train_text(TrainOptions(**options, resume=True)) == first
 
 
 def test_training_again_replaces_a_finished_run(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from nin_text.tokenization import (
     KINDS,
     cache_dir,
     cached_tokenizer,
+    clean,
     encode,
     load_tokenizer,
     train_tokenizer,
@@ -92,6 +93,11 @@ def test_any_string_has_at_least_one_token(wordpiece, text: str) -> None:
     assert ids.min() >= 0
     assert ids.max() < len(wordpiece)
     assert wordpiece.pad_token_id not in ids
+
+
+def test_lone_surrogates_become_the_replacement_character() -> None:
+    assert clean("a\ud800b") == "a\ufffdb"
+    assert clean("a😀") == "a😀"
 
 
 def test_lone_surrogates_and_a_million_characters_are_no_trouble(wordpiece) -> None:

@@ -10,11 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import TrainerCallback
 
 from nin_text import NiNTextConfig, NiNTextForSequenceClassification
 from nin_text.errors import UserError
 from nin_text.training import (
     EncodedTexts,
+    Patience,
     StopOnNaN,
     TextTrainer,
     TokenBatchSampler,
@@ -62,9 +64,21 @@ def test_a_batch_is_over_its_bounds_by_one_text_at_most(
         assert len(batch) <= size + 1
 
 
-def test_no_batch_is_empty_when_texts_are_of_like_length() -> None:
-    lengths = np.random.default_rng(0).integers(20, 60, 500)
-    assert all(TokenBatchSampler(lengths, 400, 64))
+@settings(max_examples=200, deadline=None)
+@given(
+    lengths=st.lists(st.sampled_from([1, 5, 20, 300, 100_000]), min_size=1, max_size=60),
+    tokens=st.integers(1, 500),
+    size=st.integers(1, 20),
+    multiple=st.integers(1, 3),
+)
+def test_no_batch_is_empty_however_long_a_text_is(
+    lengths: list[int], tokens: int, size: int, multiple: int
+) -> None:
+    sampler = TokenBatchSampler(lengths, tokens, size, multiple_of=multiple)
+    batches = list(sampler)
+    assert all(batches)
+    assert len(batches) == len(sampler)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
 
 
 def test_similar_lengths_save_padding() -> None:
@@ -171,6 +185,36 @@ def test_the_best_epoch_is_the_one_that_is_kept(tmp_path: Path) -> None:
     seen = [e["eval_accuracy"] for e in trainer.state.log_history if "eval_accuracy" in e]
     assert len(seen) == 4
     assert trainer.evaluate()["eval_accuracy"] == max(seen)
+
+
+def test_a_resumed_run_remembers_how_long_nothing_has_improved(tmp_path: Path) -> None:
+    """Whether and when training stops early must not depend on its having been killed."""
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(1, 30, 10, dtype=np.int32) for _ in range(40)]
+    labels = rng.integers(0, 2, 40).tolist()
+
+    def patience(trainer: TextTrainer) -> Patience:
+        return next(c for c in trainer.callback_handler.callbacks if isinstance(c, Patience))
+
+    # A learning rate of nothing: the first pass stays the best.
+    first = small_trainer(tmp_path, rows, labels, epochs=9, learning_rate=1e-12)
+    patience(first).early_stopping_patience = 3
+    first.add_callback(KillAfter(step=13))
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    again = small_trainer(tmp_path, rows, labels, epochs=9, learning_rate=1e-12)
+    patience(again).early_stopping_patience = 3
+    again.train(resume_from_checkpoint=str(last_checkpoint(tmp_path)))
+    assert again.state.epoch == 4
+
+
+class KillAfter(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
 
 
 def test_a_loss_that_is_no_number_stops_training(tmp_path: Path) -> None:

@@ -71,6 +71,9 @@ class NiNTextConfig(PreTrainedConfig):
         embedding_dropout, hidden_dropout: element dropout after the embeddings and each block.
         class_weights: factor on the loss of each class; one for each label, or None.
         label_smoothing: mass of the target spread over all classes (single-label only).
+        ngram_size: tokens of the longest n-gram whose evidence is added to the network's (see
+            `ngrams.py`); 0 for the network alone.
+        ngram_buckets: rows of the hashed table of n-gram evidence.
         pad_token_id: embedding row that stays zero.
     """
 
@@ -91,6 +94,8 @@ class NiNTextConfig(PreTrainedConfig):
     hidden_dropout: float | int = 0.0
     class_weights: list[float] | None = None
     label_smoothing: float | int = 0.0
+    ngram_size: int = 0
+    ngram_buckets: int = 2**20
     pad_token_id: int | None = 0
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -121,8 +126,12 @@ class NiNTextConfig(PreTrainedConfig):
             if not block:
                 raise ValueError("every block needs at least one channel count and kernel size")
             sizes += block
-        if min(sizes) < 1:
-            raise ValueError("vocabulary, channels, kernel sizes and dilations must be positive")
+        if min(*sizes, self.ngram_buckets) < 1:
+            raise ValueError(
+                "vocabulary, channels, kernel sizes, dilations and buckets must be positive"
+            )
+        if self.ngram_size < 0:
+            raise ValueError(f"ngram_size must not be negative, as {self.ngram_size} is")
         for name in ("word_dropout", "embedding_dropout", "hidden_dropout", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), not {getattr(self, name)}")

@@ -98,9 +98,9 @@ class TextDataset:
     notes: list[str] = field(default_factory=list)
 
     def fingerprint(self) -> str:
-        """A hash of every text and label of the labelled splits, in order."""
+        """A hash of every text and label of every split that was read, in order."""
         digest = hashlib.sha256()
-        for split in ("train", "validation", "test"):
+        for split in [name for name in readers.SPLIT_NAMES if name in self.splits]:
             for text, label in zip(
                 self.splits[split].texts, self.splits[split].labels, strict=True
             ):

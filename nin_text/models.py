@@ -22,6 +22,8 @@ from nin_text.report import METRICS_FILE
 from nin_text.text import NiNTextForSequenceClassification
 from nin_text.tokenization import KINDS, cached_tokenizer, load_tokenizer
 
+MIN_BUCKET_BITS, MAX_BUCKET_BITS = 12, 22
+
 
 def build(
     options: TrainOptions, texts: Sequence[str], labels: Sequence[int], label_names: Sequence[str]
@@ -58,6 +60,8 @@ def build(
         "embedding_dropout": options.dropout,
         "hidden_dropout": options.dropout,
         "label_smoothing": options.label_smoothing,
+        "ngram_size": options.ngrams,
+        "ngram_buckets": _ngram_buckets(texts, options.ngrams),
         "class_weights": _class_weights(options, labels, len(label_names)),
     }
     config = NiNTextConfig.from_preset(
@@ -68,6 +72,12 @@ def build(
         **{key: value for key, value in overrides.items() if value is not None},
     )
     return NiNTextForSequenceClassification(config), tokenizer
+
+
+def _ngram_buckets(texts: Sequence[str], size: int) -> int:
+    """Rows of the n-gram table: about as many as there can be n-grams, within bounds."""
+    tokens = sum(map(len, texts)) // 4
+    return 1 << min(max((tokens * size).bit_length(), MIN_BUCKET_BITS), MAX_BUCKET_BITS)
 
 
 def _class_weights(

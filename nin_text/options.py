@@ -25,7 +25,8 @@ PRECISION_HELP = "bf16, fp32, or auto for bf16 where the processor multiplies it
 
 # Options that only a NiN preset can honour.
 NIN_ONLY = (
-    "tokenizer vocab_size lowercase pooling word_dropout dropout class_weights label_smoothing"
+    "tokenizer vocab_size lowercase pooling word_dropout dropout class_weights label_smoothing "
+    "ngrams pretrain_epochs pretrain_learning_rate self_training_epochs"
 ).split()
 
 # Lowest and highest value that each option may have.
@@ -36,6 +37,10 @@ RANGES: dict[str, tuple[float, float]] = {
     "word_dropout": (0, 0.99),
     "dropout": (0, 0.99),
     "label_smoothing": (0, 0.99),
+    "ngrams": (0, 8),
+    "pretrain_epochs": (0, math.inf),
+    "pretrain_learning_rate": (1e-12, 10),
+    "self_training_epochs": (0, math.inf),
     "epochs": (1, math.inf),
     "learning_rate": (1e-12, 10),
     "weight_decay": (0, 10),
@@ -63,6 +68,10 @@ RECIPES: dict[str, dict[str, Any]] = {
         "ema_decay": 0.99,
         "patience": 3,
         "label_smoothing": 0.0,
+        "ngrams": 3,
+        "pretrain_epochs": 0,
+        "pretrain_learning_rate": 2e-3,
+        "self_training_epochs": 2,
     },
     "transformer": {
         "epochs": 3,
@@ -72,6 +81,9 @@ RECIPES: dict[str, dict[str, Any]] = {
         "max_length": 256,
         "ema_decay": 0.0,
         "patience": 2,
+        "ngrams": 0,
+        "pretrain_epochs": 0,
+        "self_training_epochs": 0,
     },
     "demo_reviews": {"epochs": 10},
     "demo_topics": {"epochs": 10},
@@ -145,7 +157,18 @@ class TrainOptions(CommonOptions, DataOptions):
         "none, or balanced to weigh rare classes up", "none", choices=("none", "balanced")
     )
     label_smoothing: float = option("mass of the target spread over all classes")
+    ngrams: int = option("tokens of the longest n-gram whose evidence is added (0: none)")
+    pretrain_epochs: int = option(
+        "first, passes over the training split and any unlabelled texts in which the network "
+        "learns to predict the telling n-grams of one part of a text from the other"
+    )
+    pretrain_learning_rate: float = option("peak learning rate of pretraining")
     epochs: int = option("passes over the training split")
+    unlabelled: bool = option("also learn from unlabelled texts that the data set has", True)
+    self_training_epochs: int = option(
+        "last, if there are unlabelled texts: passes over these and the training split, with the "
+        "answers of the model so far in place of labels"
+    )
     learning_rate: float = option("peak learning rate of AdamW")
     weight_decay: float = option("weight decay of AdamW")
     warmup: float = option("share of the steps in which the learning rate rises")
@@ -158,6 +181,12 @@ class TrainOptions(CommonOptions, DataOptions):
     seed: int = option("seed of the weights, the batches and dropout", 0)
     output_dir: Path | None = option("run folder (default: runs/<dataset>-<model>-seed<seed>)")
     resume: bool = option("continue the run in the output folder from its last checkpoint", False)
+
+    def arguments(self) -> dict[str, Any]:
+        """As of `DataOptions`, and whether `load_text_dataset` is to read unlabelled texts."""
+        return super().arguments() | {
+            "unsupervised": self.model in PRESET_NAMES and self.unlabelled
+        }
 
 
 @dataclass
@@ -211,6 +240,8 @@ def check(options: CommonOptions) -> None:
             flag = "--" + name.replace("_", "-")
             limits = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
             raise UserError(f"{flag} must be {limits}, not {value:g}")
+    if isinstance(options, TrainOptions) and options.ngrams == 0 and options.pretrain_epochs:
+        raise UserError("--pretrain-epochs predicts n-grams: it cannot go with --ngrams 0")
 
 
 def with_recipe(options: TrainOptions, examples: int) -> TrainOptions:
@@ -222,6 +253,8 @@ def with_recipe(options: TrainOptions, examples: int) -> TrainOptions:
             about `MIN_BATCHES` of them.
     """
     recipe = dict(RECIPES["default"])
+    if options.ngrams == 0:
+        recipe["pretrain_epochs"] = 0  # which predicts n-grams
     recipe["batch_size"] = min(recipe["batch_size"], max(4, examples // MIN_BATCHES))
     if options.model in PRESET_NAMES:
         recipe |= RECIPES.get(options.dataset, {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import logging
@@ -14,13 +15,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from nin_text import models, report
+from nin_text import models, report, stages
 from nin_text.data import TextDataset, load_text_dataset
 from nin_text.device import keep_freed_memory, pick_device, use_bf16
 from nin_text.errors import UserError
 from nin_text.evaluation import classification_metrics
 from nin_text.options import TrainOptions, check, with_recipe
-from nin_text.text import NiNTextPreTrainedModel
+from nin_text.text import NiNTextForSequenceClassification, NiNTextPreTrainedModel
 from nin_text.tokenization import encode
 from nin_text.training import EncodedTexts, TextTrainer, last_checkpoint, training_arguments
 
@@ -60,7 +61,7 @@ def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dic
     if options.resume and (finished := _finished(folder, record)) is not None:
         logger.info("%s is a finished run; nothing is left to do", folder)
         return finished
-    checkpoint = _open_run_folder(folder, record, resume=options.resume)
+    _open_run_folder(folder, record, resume=options.resume)
     keep_freed_memory()
     set_seed(options.seed)
     model, tokenizer = models.build(options, train.texts, train.labels, dataset.label_names)
@@ -70,21 +71,27 @@ def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dic
             part.labels,
         )
         for split, part in dataset.splits.items()
-        if split != "unsupervised"
     }
-    trainer = _trainer(options, folder, device, model, tokenizer, encoded)
+    logger.info(
+        "%s: %s parameters, vocabulary %s, on %s",
+        options.model,
+        f"{sum(p.numel() for p in model.parameters()):,}",
+        f"{len(tokenizer):,}",
+        device,
+    )
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer, seconds = _train(options, folder, device, model, tokenizer, encoded)
     except KeyboardInterrupt:
         logger.error("stopped; the same command with --resume goes on from the last whole epoch")
         raise
-    metrics = _metrics(options, dataset, record, trainer)
+    metrics = _metrics(options, dataset, record, trainer, seconds)
     for split in ("validation", "test"):
         clock = time.perf_counter()
         logits = trainer.logits(encoded[split], progress=f"evaluating {split}")
-        seconds = round(time.perf_counter() - clock, 2)
-        metrics[split] = classification_metrics(logits, encoded[split].labels, dataset.label_names)
-        metrics[split]["seconds"] = seconds
+        elapsed = round(time.perf_counter() - clock, 2)
+        truth = dataset.splits[split].labels
+        metrics[split] = classification_metrics(logits, truth, dataset.label_names)
+        metrics[split]["seconds"] = elapsed
     metrics["peak_memory_mb"] = round(report.peak_memory_mb(), 1)
     metrics["total_seconds"] = round(time.perf_counter() - started, 2)
     if trainer.is_world_process_zero():
@@ -104,25 +111,30 @@ def _record(options: TrainOptions, dataset: TextDataset) -> dict[str, Any]:
     return essential | {"data_fingerprint": dataset.fingerprint()}
 
 
-def _open_run_folder(folder: Path, record: dict[str, Any], *, resume: bool) -> Path | None:
-    """Make the run folder; find the checkpoint to go on from if the run is to be resumed."""
+def _open_run_folder(folder: Path, record: dict[str, Any], *, resume: bool) -> None:
+    """Make the run folder; keep what is in it if the run is to be resumed, else start clean."""
     path, checkpoints = folder / OPTIONS_FILE, folder / "checkpoints"
     if resume and path.is_file():
         _check_same(record, path, folder)
-        checkpoint = last_checkpoint(checkpoints)
-        if checkpoint is not None:
-            logger.info("resuming from %s", checkpoint)
+        if _begun(checkpoints):
+            logger.info("resuming the run in %s", folder)
         else:
             logger.warning("%s holds no whole checkpoint yet; starting anew", folder)
-        return checkpoint
+        return
     if resume:
         logger.warning("there is no run to resume in %s; starting one", folder)
-    elif last_checkpoint(checkpoints) is not None:
+    elif _begun(checkpoints):
         logger.warning("an unfinished run in %s is discarded (--resume would continue it)", folder)
     folder.mkdir(parents=True, exist_ok=True)
     _discard(checkpoints)
     report.write_json(path, record)
-    return None
+
+
+def _begun(checkpoints: Path) -> bool:
+    """Whether there is a whole checkpoint of any stage, or what a stage left."""
+    return any(last_checkpoint(stage) for stage in checkpoints.glob("*/")) or any(
+        checkpoints.glob("*.safetensors")
+    )
 
 
 def _check_same(record: dict[str, Any], path: Path, folder: Path) -> None:
@@ -159,7 +171,11 @@ def _discard(checkpoints: Path) -> None:
 
 
 def _metrics(
-    options: TrainOptions, dataset: TextDataset, record: dict[str, Any], trainer: TextTrainer
+    options: TrainOptions,
+    dataset: TextDataset,
+    record: dict[str, Any],
+    trainer: TextTrainer,
+    seconds: dict[str, float],
 ) -> dict[str, Any]:
     """Everything about a run but the quality of its answers."""
     return {
@@ -176,7 +192,8 @@ def _metrics(
         "epochs_run": round(trainer.state.epoch or 0),
         "best_epoch": _best_epoch(trainer),
         "steps": trainer.state.global_step,
-        "train_seconds": round(trainer.seconds, 2),
+        "train_seconds": round(sum(seconds.values()), 2),
+        "stage_seconds": {stage: round(value, 2) for stage, value in seconds.items()},
         "precision": "bf16" if trainer.args.bf16 else "fp32",
         "command": report.command(),
         "options": record,
@@ -185,47 +202,75 @@ def _metrics(
     }
 
 
-def _trainer(
+def _train(
     options: TrainOptions,
     folder: Path,
     device: torch.device,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     encoded: dict[str, EncodedTexts],
-) -> TextTrainer:
-    arguments = training_arguments(
-        folder / "checkpoints",
-        epochs=options.epochs,
-        batch_size=options.batch_size,
-        gradient_accumulation=options.gradient_accumulation,
-        learning_rate=options.learning_rate,
-        weight_decay=options.weight_decay,
-        warmup=options.warmup,
-        seed=options.seed,
-        bf16=use_bf16(options.precision, device),
-        device=device,
-    )
-    trainer = TextTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=encoded["train"],
-        eval_dataset=encoded["validation"],
-        processing_class=tokenizer,
-        pad_token_id=tokenizer.pad_token_id or 0,
-        batch_tokens=options.batch_tokens,
-        similar_lengths=not isinstance(model, NiNTextPreTrainedModel),
-        ema_decay=options.ema_decay,
-        patience=options.patience,
-    )
-    logger.info(
-        "%s: %s parameters, vocabulary %s, %s steps a pass on %s",
-        options.model,
-        f"{sum(p.numel() for p in model.parameters()):,}",
-        f"{len(tokenizer):,}",
-        f"{-(-len(trainer.get_train_dataloader()) // options.gradient_accumulation):,}",
-        trainer.args.device,
-    )
-    return trainer
+) -> tuple[TextTrainer, dict[str, float]]:
+    """All stages of training; the trainer of the last one, and the seconds of each."""
+    checkpoints = folder / "checkpoints"
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    common: dict[str, Any] = {
+        "batch_size": options.batch_size,
+        "gradient_accumulation": options.gradient_accumulation,
+        "warmup": options.warmup,
+        "seed": options.seed,
+        "bf16": use_bf16(options.precision, device),
+        "device": device,
+    }
+
+    def train(name: str, epochs: int, texts: EncodedTexts) -> TextTrainer:
+        trainer = TextTrainer(
+            model=model,
+            args=training_arguments(
+                checkpoints / name,
+                epochs=epochs,
+                learning_rate=options.learning_rate,
+                weight_decay=options.weight_decay,
+                **common,
+            ),
+            train_dataset=texts,
+            eval_dataset=encoded["validation"],
+            processing_class=tokenizer,
+            pad_token_id=tokenizer.pad_token_id or 0,
+            batch_tokens=options.batch_tokens,
+            similar_lengths=not isinstance(model, NiNTextPreTrainedModel),
+            ema_decay=options.ema_decay,
+            patience=options.patience,
+            title=name.replace("-", " "),
+        )
+        checkpoint = last_checkpoint(checkpoints / name)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        seconds[name] = trainer.seconds
+        if options.ngrams:
+            stages.fuse(trainer)
+        return trainer
+
+    labelled, unlabelled = encoded["train"], encoded.get("unsupervised")
+    seconds: dict[str, float] = {}
+    if options.ngrams:
+        assert isinstance(model, NiNTextForSequenceClassification)
+        stages.fit_ngrams(model, labelled, encoded["validation"])
+        if options.pretrain_epochs:
+            seconds["pretraining"] = stages.pretrain(
+                model, labelled, unlabelled, checkpoints, options, **common
+            )
+    if not options.self_training_epochs or unlabelled is None:
+        return train("training", options.epochs, labelled), seconds
+    saved = stages.saved_answers(checkpoints / "answers.safetensors")
+    if saved is None:
+        start = copy.deepcopy(model.state_dict())
+        teacher = train("training", options.epochs, labelled)
+        path = checkpoints / "answers.safetensors"
+        answers = stages.label_unlabelled(teacher, unlabelled, path, teacher.seconds)
+        model.load_state_dict(start)
+    else:
+        answers, seconds["training"] = saved
+    texts = stages.with_answers(labelled, unlabelled, answers)
+    return train("self-training", options.self_training_epochs, texts), seconds
 
 
 def _best_epoch(trainer: TextTrainer) -> int | None:

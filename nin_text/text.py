@@ -24,6 +24,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from nin_text.blocks import Dropout, MLPConv, Rows, max_pool_rows, pooling_weights
 from nin_text.configuration import NiNTextConfig
+from nin_text.ngrams import NGramEvidence
 
 
 @dataclass
@@ -68,7 +69,10 @@ class NiNTextPreTrainedModel(PreTrainedModel):
 
         The default of transformers, N(0, 0.02), makes a nine-layer ReLU network constant.
         """
-        if isinstance(module, nn.Embedding):
+        if isinstance(module, NGramEvidence):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=1 / math.sqrt(module.embedding_dim))
             if module.padding_idx is not None:
                 nn.init.zeros_(module.weight[module.padding_idx])
@@ -152,7 +156,7 @@ class NiNTextModel(NiNTextPreTrainedModel):
                 scores = layout.unpack(self.attention(x), self.stride)[..., 0]  # (B, T)
             weights = pooling_weights(layout.token_mask, scores)  # (B, T)
             pooled = pool_rows(x, layout, weights, self.stride)  # (B, C)
-        return EncodedRows(x, layout, weights, pooled)
+        return EncodedRows(ids, x, layout, weights, pooled)
 
     @can_return_tuple
     def forward(
@@ -177,12 +181,14 @@ class EncodedRows:
     """What the encoder computed, before anything is put back into a padded batch.
 
     Attributes:
+        ids: (N,) token ids.
         rows: (N / stride, C) float32.
         layout: where the tokens lie.
         weights: (B, T), the weight of each token in `pooled`.
         pooled: (B, C) float32.
     """
 
+    ids: Tensor
     rows: Tensor
     layout: Rows
     weights: Tensor
@@ -200,7 +206,11 @@ def pool_rows(x: Tensor, layout: Rows, weights: Tensor, stride: int) -> Tensor:
 
 
 class NiNTextForSequenceClassification(NiNTextPreTrainedModel):
-    """The encoder and one linear map to the classes."""
+    """The encoder and one linear map to the classes, with n-gram evidence if it is configured.
+
+    The n-gram branch is left out in training mode: its weights have been fitted to the labels of
+    the training texts, and beside it the network would find nothing left to learn.
+    """
 
     def __init__(self, config: NiNTextConfig) -> None:
         super().__init__(config)
@@ -209,7 +219,24 @@ class NiNTextForSequenceClassification(NiNTextPreTrainedModel):
             raise ValueError(f"{len(config.class_weights)} class weights for {classes} labels")
         self.nin = NiNTextModel(config)
         self.classifier = nn.Linear(config.hidden_size, classes)
+        self.ngrams = (
+            NGramEvidence(config.ngram_size, config.ngram_buckets, classes)
+            if config.ngram_size
+            else None
+        )
         self.post_init()
+
+    @torch.no_grad()
+    def rescale(self, network: float, ngrams: float) -> None:
+        """Multiply what the network, and what the n-grams, add to the logits by a factor."""
+        assert self.ngrams is not None
+        for weights, scale in (
+            (self.classifier.weight, network),
+            (self.classifier.bias, network),
+            (self.ngrams.weight, ngrams),
+            (self.ngrams.bias, ngrams),
+        ):
+            weights.mul_(float(scale))
 
     @can_return_tuple
     def forward(
@@ -225,8 +252,8 @@ class NiNTextForSequenceClassification(NiNTextPreTrainedModel):
         Args:
             input_ids: (B, T) token ids, padded on either side.
             attention_mask: (B, T), 1 for tokens and 0 for padding; all ones if None.
-            labels: (B,) class indices, or (B, K) zeros and ones if the configuration's
-                `problem_type` is "multi_label_classification".
+            labels: (B,) class indices; (B, K) class probabilities; or (B, K) zeros and ones if the
+                configuration's `problem_type` is "multi_label_classification".
             output_evidence: also return what each token adds to each logit.
             num_items_in_batch: what the summed loss is divided by, if not by this batch alone:
                 the size of the whole batch when gradients are accumulated.
@@ -238,10 +265,18 @@ class NiNTextForSequenceClassification(NiNTextPreTrainedModel):
             total = encoded.weights.sum(dim=1, keepdim=True)  # (B, 1)
             logits = encoded.pooled @ self.classifier.weight.t() + total * self.classifier.bias
             evidence = None
+            ngrams = None if self.training else self.ngrams
+            if ngrams is not None:
+                added, ngram_maps = ngrams(encoded.ids, encoded.layout)  # (B, K), (N, K)
+                logits = logits + added + total * ngrams.bias
             if output_evidence:
                 maps = self.classifier(encoded.rows)  # (N, K): one map for each class
                 maps = encoded.layout.unpack(maps, self.nin.stride)  # (B, T, K)
+                if ngrams is not None:
+                    maps = maps + ngrams.bias
                 evidence = maps * encoded.weights[..., None]
+                if ngrams is not None:
+                    evidence = evidence + encoded.layout.unpack(ngram_maps)
             loss = None
             if labels is not None:
                 loss = classification_loss(logits, labels, self.config, num_items_in_batch)
@@ -261,10 +296,11 @@ def classification_loss(
 
     Args:
         logits: (B, K).
-        labels: (B,) integers, or (B, K) zeros and ones.
+        labels: (B,) integers; (B, K) probabilities; or (B, K) zeros and ones if multi-label.
         config: gives `problem_type`, `class_weights` and `label_smoothing`.
-        num_items_in_batch: number of labels to divide by; this batch's if None.
+        num_items_in_batch: number of label values to divide by; this batch's if None.
     """
+    items: Tensor | float = labels.numel() if num_items_in_batch is None else num_items_in_batch
     weight = None if config.class_weights is None else logits.new_tensor(config.class_weights)
     if config.problem_type == "multi_label_classification":
         loss = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none")
@@ -273,7 +309,9 @@ def classification_loss(
         loss = F.cross_entropy(
             logits, labels, weight, reduction="sum", label_smoothing=config.label_smoothing
         )
-    return loss / (labels.numel() if num_items_in_batch is None else num_items_in_batch)
+        if labels.dim() == 2:  # K values for each example
+            items = items / labels.shape[1]
+    return loss / items
 
 
 AutoModel.register(NiNTextConfig, NiNTextModel, exist_ok=True)

@@ -11,7 +11,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -45,16 +45,16 @@ COMPLETE_FILE = "complete.json"  # written last: a checkpoint without it was cut
 
 
 class EncodedTexts(Dataset):
-    """Token ids and labels, each text as long as it is."""
+    """Token ids of each text, as long as it is, with its class index or (K,) probabilities."""
 
-    def __init__(self, rows: Sequence[np.ndarray], labels: Sequence[int]) -> None:
+    def __init__(self, rows: Sequence[np.ndarray], labels: Sequence[int] | np.ndarray) -> None:
         self.rows = rows
-        self.labels = labels
+        self.labels = np.asarray(labels)
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
+    def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         return self.rows[i], self.labels[i]
 
 
@@ -145,9 +145,12 @@ class WeightAverage(TrainerCallback):
 class ProgressBar(TrainerCallback):
     """One bar for the whole training, and a line for each epoch."""
 
+    def __init__(self, title: str) -> None:
+        self.title = title
+
     def on_train_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
         self.bar: tqdm[None] = tqdm(
-            desc="training",
+            desc=self.title,
             total=state.max_steps,
             initial=state.global_step,
             unit="step",
@@ -207,44 +210,40 @@ class StopOnNaN(TrainerCallback):
             )
 
 
-class TextTrainer(Trainer):
-    """Trainer with token-bounded batches, averaged weights and checkpoints that are whole."""
+class TokenTrainer(Trainer):
+    """Trainer with token-bounded batches, averaged weights and checkpoints that are whole.
 
-    model: PreTrainedModel
-    train_dataset: EncodedTexts
-    eval_dataset: EncodedTexts
+    Args:
+        collate: makes a batch of a list of items of `train_dataset`.
+        batch_tokens: bound on the tokens of a batch; that on its texts is among the arguments.
+        similar_lengths: see `TokenBatchSampler`.
+        ema_decay: of the averaged weights; 0 for none.
+        title: of the progress bar.
+    """
+
+    train_dataset: Any  # with `rows`, the token ids of each item
 
     def __init__(
         self,
         *,
-        pad_token_id: int,
+        collate: Callable[[list[Any]], dict[str, Tensor]],
         batch_tokens: int,
-        similar_lengths: bool,
-        ema_decay: float,
-        patience: int,
+        similar_lengths: bool = False,
+        ema_decay: float = 0.0,
+        title: str = "training",
         **kwargs: Any,
     ) -> None:
-        self.pad_token_id = pad_token_id
         self.batch_tokens = batch_tokens
         self.similar_lengths = similar_lengths
         self.seconds = self.seconds_before = 0.0
-        super().__init__(data_collator=self.collate, **kwargs)
+        super().__init__(data_collator=collate, **kwargs)
         self.remove_callback(PrinterCallback)
-        self.average = WeightAverage(self.model, ema_decay) if ema_decay else None
-        for callback in (self.average, ProgressBar(), StopOnNaN()):
+        self.average = (
+            WeightAverage(cast(torch.nn.Module, self.model), ema_decay) if ema_decay else None
+        )
+        for callback in (self.average, ProgressBar(title), StopOnNaN()):
             if callback is not None:
                 self.add_callback(callback)
-        self.add_callback(Patience(early_stopping_patience=patience))
-
-    def collate(self, examples: Sequence[tuple[np.ndarray, int]]) -> dict[str, torch.Tensor]:
-        """A padded batch with its labels."""
-        rows, labels = zip(*examples, strict=True)
-        input_ids, attention_mask = pad(rows, self.pad_token_id)
-        return {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "labels": torch.tensor(labels),
-        }
 
     def get_train_dataloader(self) -> DataLoader:
         sampler = TokenBatchSampler(
@@ -255,15 +254,10 @@ class TextTrainer(Trainer):
             similar_lengths=self.similar_lengths,
             multiple_of=self.args.world_size,
         )
-        loader = DataLoader(self.train_dataset, batch_sampler=sampler, collate_fn=self.collate)
+        loader = DataLoader(
+            self.train_dataset, batch_sampler=sampler, collate_fn=self.data_collator
+        )
         return self.accelerator.prepare(loader)
-
-    @property
-    def best_model(self) -> PreTrainedModel:
-        """The model to judge and to save: the averaged weights if there are any."""
-        if self.average is None:
-            return self.model
-        return cast(PreTrainedModel, self.average.averaged.module)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer.train; `seconds` tells afterwards how long it took."""
@@ -276,37 +270,6 @@ class TextTrainer(Trainer):
     def _elapsed(self) -> float:
         """Seconds of training up to now, those before a resumed checkpoint included."""
         return self.seconds_before + time.perf_counter() - self.clock
-
-    def logits(self, dataset: EncodedTexts, progress: str | None = None) -> np.ndarray:
-        """(n, K) logits of `best_model`."""
-        return predict_logits(
-            self.best_model,
-            dataset.rows,
-            pad_token_id=self.pad_token_id,
-            batch_tokens=2 * self.batch_tokens,
-            autocast=torch.bfloat16 if self.args.bf16 else None,
-            progress=progress,
-        )
-
-    def evaluate(  # type: ignore[override]
-        self,
-        eval_dataset: EncodedTexts | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        truth = np.asarray(dataset.labels)
-        logits = self.logits(dataset)
-        picked = softmax(logits)[np.arange(len(truth)), truth]
-        metrics = {
-            f"{metric_key_prefix}_accuracy": float((logits.argmax(axis=1) == truth).mean()),
-            f"{metric_key_prefix}_loss": float(-np.log(np.maximum(picked, 1e-12)).mean()),
-        }
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(
-            self.args, self.state, self.control, metrics
-        )
-        return metrics
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
@@ -346,6 +309,67 @@ class TextTrainer(Trainer):
         )
 
 
+class TextTrainer(TokenTrainer):
+    """Trains a classifier and judges it once an epoch by its averaged weights."""
+
+    model: PreTrainedModel
+    train_dataset: EncodedTexts
+    eval_dataset: EncodedTexts
+
+    def __init__(self, *, pad_token_id: int, patience: int, **kwargs: Any) -> None:
+        self.pad_token_id = pad_token_id
+        super().__init__(collate=self.collate, **kwargs)
+        self.add_callback(Patience(early_stopping_patience=patience))
+
+    def collate(self, examples: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, torch.Tensor]:
+        """A padded batch with its labels."""
+        rows, labels = zip(*examples, strict=True)
+        input_ids, attention_mask = pad(rows, self.pad_token_id)
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "labels": torch.from_numpy(np.stack(labels)),
+        }
+
+    @property
+    def best_model(self) -> PreTrainedModel:
+        """The model to judge and to save: the averaged weights if there are any."""
+        if self.average is None:
+            return self.model
+        return cast(PreTrainedModel, self.average.averaged.module)
+
+    def logits(self, dataset: EncodedTexts, progress: str | None = None) -> np.ndarray:
+        """(n, K) logits of `best_model`."""
+        return predict_logits(
+            self.best_model,
+            dataset.rows,
+            pad_token_id=self.pad_token_id,
+            batch_tokens=2 * self.batch_tokens,
+            autocast=torch.bfloat16 if self.args.bf16 else None,
+            progress=progress,
+        )
+
+    def evaluate(  # type: ignore[override]
+        self,
+        eval_dataset: EncodedTexts | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        truth = dataset.labels
+        logits = self.logits(dataset)
+        picked = softmax(logits)[np.arange(len(truth)), truth]
+        metrics = {
+            f"{metric_key_prefix}_accuracy": float((logits.argmax(axis=1) == truth).mean()),
+            f"{metric_key_prefix}_loss": float(-np.log(np.maximum(picked, 1e-12)).mean()),
+        }
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint in a folder; those that were cut short are removed."""
     whole: list[tuple[int, Path]] = []
@@ -369,8 +393,9 @@ def training_arguments(
     seed: int,
     bf16: bool,
     device: torch.device,
+    evaluate: bool = True,
 ) -> TrainingArguments:
-    """The Trainer's arguments for a run: evaluate, log and save once an epoch."""
+    """The Trainer's arguments for a run: save once an epoch, and evaluate if asked to."""
     return TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=epochs,
@@ -386,9 +411,9 @@ def training_arguments(
         seed=seed,
         bf16=bf16,
         use_cpu=device.type == "cpu",
-        eval_strategy="epoch",
+        eval_strategy="epoch" if evaluate else "no",
         save_strategy="epoch",
-        load_best_model_at_end=True,
+        load_best_model_at_end=evaluate,
         metric_for_best_model="accuracy",
         greater_is_better=True,
         logging_steps=10,

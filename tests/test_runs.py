@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
+from nin_text import load, load_text_dataset, ngrams
 from nin_text.errors import UserError
+from nin_text.evaluation import predict_logits
 from nin_text.options import TrainOptions
 from nin_text.runs import train_text
+from nin_text.tokenization import encode
+from nin_text.training import TokenTrainer
 
 QUICK = {"model": "nin-text-small", "limit": 200, "epochs": 2, "quiet": True}
 
@@ -99,6 +105,99 @@ def test_a_failure_in_training_leaves_the_finished_run_as_it_was(
     with pytest.raises(OSError, match="No space"):
         train_text(TrainOptions(**options, seed=6))
     assert (weights(tmp_path / "run"), (tmp_path / "run" / "metrics.json").read_bytes()) == before
+
+
+def write_splits(folder: Path, **splits: list[dict[str, object]]) -> str:
+    folder.mkdir()
+    for split, rows in splits.items():
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{split}.jsonl").write_text(lines)
+    return str(folder)
+
+
+@pytest.mark.parametrize("saves", [1, 2, 3, 4, 5])
+def test_a_run_interrupted_in_any_stage_ends_with_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saves: int
+) -> None:
+    """Two passes of pretraining, training and self-training each; a checkpoint after each pass."""
+    corpus = load_text_dataset("demo_reviews", limit=120).splits
+    data = write_splits(
+        tmp_path / "data",
+        train=[
+            {"text": text, "label": label}
+            for text, label in zip(corpus["train"].texts, corpus["train"].labels, strict=True)
+        ],
+        unsupervised=[{"text": text} for text in corpus["validation"].texts],
+    )
+    options = {
+        "dataset": data,
+        "model": "nin-text-small",
+        "quiet": True,
+        "pretrain_epochs": 2,
+        "epochs": 2,
+        "self_training_epochs": 2,
+    }
+    whole = train_text(TrainOptions(**options, output_dir=tmp_path / "whole"))
+    stages = json.loads((tmp_path / "whole" / "metrics.json").read_text())["stage_seconds"]
+    assert list(stages) == ["pretraining", "training", "self-training"]
+    save, saved = TokenTrainer._save_checkpoint, []
+
+    def save_and_stop(self, *args):
+        save(self, *args)
+        saved.append(self)
+        if len(saved) == saves:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenTrainer, "_save_checkpoint", save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            train_text(TrainOptions(**options, output_dir=tmp_path / "stopped"))
+    resumed = train_text(TrainOptions(**options, output_dir=tmp_path / "stopped", resume=True))
+    assert resumed["test_accuracy"] == whole["test_accuracy"]
+    assert weights(tmp_path / "stopped") == weights(tmp_path / "whole")
+
+
+def test_unlabelled_texts_are_learned_from(tmp_path: Path) -> None:
+    """Two words tell the class of labelled texts; unlabelled texts show what goes with them."""
+    draw = random.Random(0)
+
+    def row(known: str, companion: str, label: int | None) -> dict[str, object]:
+        filler = [draw.choice("one two three four five six".split()) for _ in range(4)]
+        text = " ".join([*filler, known, companion])
+        return {"text": text} if label is None else {"text": text, "label": label}
+
+    known, companions = ("bad", "good"), ("stale", "fresh")
+    pairs = [(label, other) for label in (0, 1) for other in (0, 1)]
+    parts = {
+        "train": [row(known[y], companions[other], y) for y, other in pairs * 15],
+        "validation": [row(known[y], companions[y], y) for y in (0, 1) * 20],
+        "unsupervised": [row(known[y], companions[y], None) for y in (0, 1) * 200],
+        "test": [row("seven", companions[y], y) for y in (0, 1) * 50],
+    }
+    data = write_splits(tmp_path / "data", **parts)
+    accuracy = {}
+    for self_training in (True, False):
+        options = {**QUICK, "limit": None, "dataset": data, "unlabelled": self_training}
+        options |= {"word_dropout": 0.5}  # what is hidden must be guessed from its companion
+        summary = train_text(TrainOptions(**options, output_dir=tmp_path / str(self_training)))
+        accuracy[self_training] = summary["test_accuracy"]
+    assert accuracy[True] > 0.9
+    assert accuracy[False] < 0.7
+
+
+def test_the_saved_model_adds_ngrams_weighed_on_the_validation_split(tmp_path: Path) -> None:
+    """The log loss on validation is at its minimum over both weights."""
+    dataset = load_text_dataset("demo_reviews", limit=200)
+    train_text(TrainOptions(**QUICK, output_dir=tmp_path / "run"), dataset)
+    model, tokenizer = load(str(tmp_path / "run"))
+    validation = dataset.splits["validation"]
+    rows = encode(tokenizer, validation.texts)
+    logits = predict_logits(model, rows, pad_token_id=0)
+    added = ngrams.predict(model.ngrams, rows)
+    assert np.abs(added).max() > 0.1
+    scales = ngrams.best_scales([logits - added, added], np.array(validation.labels))
+    # Not exactly one: the pull towards one acted on the weights before they were multiplied.
+    np.testing.assert_allclose(scales, 1, atol=0.25)
 
 
 def test_a_device_or_folder_that_cannot_be_used_is_refused(tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ def test_a_run_killed_in_the_middle_and_resumed_ends_with_the_same_weights(
         stderr=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 200
-    while not list(folder.glob("checkpoints/*/complete.json")):
+    while not list(folder.glob("checkpoints/*/*/complete.json")):
         assert process.poll() is None, "training ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.01)

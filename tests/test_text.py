@@ -42,6 +42,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "pool": [True, True, False],
         "embedding_size": 24,
     },
+    "n-grams": {
+        "block_channels": [[24], [24, 16]],
+        "kernel_sizes": [[3], [3]],
+        "pool": [True, False],
+        "embedding_size": 24,
+        "ngram_size": 3,
+        "ngram_buckets": 512,
+    },
 }
 
 
@@ -59,6 +67,9 @@ def make_model(name: str, **overrides: Any) -> NiNTextForSequenceClassification:
         model.classifier.bias.normal_()
         if model.nin.attention is not None:
             model.nin.attention.weight.mul_(5)
+        if model.ngrams is not None:  # which is zero until it is fitted
+            model.ngrams.weight.normal_()
+            model.ngrams.bias.normal_()
     return model
 
 
@@ -285,6 +296,33 @@ def test_the_loss_of_parts_divided_by_the_whole_sums_to_the_loss_of_the_whole() 
     assert torch.allclose(sum(parts), whole, atol=1e-6)
 
 
+def test_probabilities_as_labels() -> None:
+    """One-hot probabilities are class indices; accumulated parts sum to the whole here, too."""
+    model = make_model("nin-text-small")
+    texts, labels = random_texts([4, 9, 2]), torch.tensor([0, 2, 1])
+    certain = torch.eye(3)[labels]
+    expected = model(**pad(texts), labels=labels).loss
+    assert torch.allclose(model(**pad(texts), labels=certain).loss, expected)
+    soft = torch.tensor([[0.2, 0.3, 0.5], [0.0, 0.1, 0.9], [1.0, 0.0, 0.0]])
+    output = model(**pad(texts), labels=soft)
+    assert torch.allclose(output.loss, -(soft * output.logits.log_softmax(1)).sum(1).mean())
+    parts = [
+        model(**pad(texts[a:b]), labels=soft[a:b], num_items_in_batch=soft.numel()).loss
+        for a, b in ((0, 1), (1, 3))
+    ]
+    assert torch.allclose(sum(parts), output.loss, atol=1e-6)
+
+
+def test_ngrams_are_left_out_of_training_and_rescaled_with_the_network() -> None:
+    """In training mode the logits are those of the network alone."""
+    model, batch = make_model("n-grams"), pad(random_texts([4, 9]))
+    network, both = model.train()(**batch).logits, model.eval()(**batch).logits
+    assert not torch.allclose(network, both, atol=0.1)
+    model.rescale(0.5, 2.0)
+    expected = network / 2 + 2 * (both - network)
+    assert torch.allclose(model(**batch).logits, expected, atol=1e-4)
+
+
 # ---- configuration -----------------------------------------------------------------------------
 
 
@@ -294,6 +332,8 @@ def test_the_loss_of_parts_divided_by_the_whole_sums_to_the_loss_of_the_whole() 
         ({"pooling": "max"}, "pooling"),
         ({"hidden_act": "tanh"}, "hidden_act"),
         ({"vocab_size": 0}, "positive"),
+        ({"ngram_buckets": 0}, "positive"),
+        ({"ngram_size": -1}, "ngram_size must not be negative"),
         ({"kernel_sizes": [[3], [3]]}, "kernel_sizes has 2 entries for 1 blocks"),
         ({"block_channels": [[]]}, "at least one"),
         ({"block_channels": [], "kernel_sizes": []}, "at least one block"),

@@ -1,0 +1,171 @@
+"""Pretraining of the encoder: from one part of a text, predict the telling n-grams of the other.
+
+Each text is cut in two at random. The encoder reads either part and a linear layer predicts, from
+the pooled part, which n-grams the other part holds: what a whole text is about, or thinks, is in
+both. No labels are needed for that, so unlabelled texts serve as well. It is the two-view embedding
+of Johnson & Zhang (2015, arXiv 1504.01255) for whole texts instead of small regions. Labels choose
+what is worth predicting: n-grams count by their evidence, as in the naive Bayes subsampling of
+Zhang & Arefyev (2022, arXiv 2205.13357), and all n-grams of one bucket of `ngrams.py` are one.
+
+The predicting layer is thrown away; the encoder is then trained on the labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from nin_text import ngrams
+from nin_text.evaluation import pad
+from nin_text.text import NiNTextModel
+
+MAX_TARGETS = 30_000
+# N-grams in more than this share of the texts count less (Mikolov et al. 2013, arXiv 1310.4546).
+FREQUENT = 0.01
+NEAREST_CUT = 0.25  # no part is shorter than this share of its text
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The n-grams that are predicted.
+
+    Attributes:
+        size, buckets: of the n-gram branch whose buckets they are.
+        index: (buckets,) int32, number of the target in a bucket, -1 where there is none.
+        weight: (F,) float32, what a target counts in the loss.
+        share: (F,) float32, share of the texts that hold it.
+    """
+
+    size: int
+    buckets: int
+    index: np.ndarray
+    weight: np.ndarray
+    share: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.weight)
+
+
+def choose_targets(branch: ngrams.NGramEvidence, rows: Sequence[np.ndarray]) -> Targets:
+    """Up to `MAX_TARGETS` n-grams by their evidence and the square root of their frequency.
+
+    Args:
+        branch: fitted to the labels.
+        rows: token ids of texts in which to count.
+    """
+    weights = branch.weight.cpu().numpy()  # (buckets, K)
+    evidence = weights.max(axis=1) - weights.min(axis=1)  # (buckets,)
+    counts = np.bincount(
+        ngrams.features(rows, branch.size, branch.buckets).indices, minlength=branch.buckets
+    )
+    score = evidence * np.sqrt(counts)
+    kept = np.argsort(-score, kind="stable")[:MAX_TARGETS]
+    kept = np.sort(kept[score[kept] > 0])
+    share = ((counts[kept] + 1) / (len(rows) + 1)).astype(np.float32)
+    index = np.full(branch.buckets, -1, dtype=np.int32)
+    index[kept] = np.arange(len(kept))
+    weight = evidence[kept] * np.minimum(1, np.sqrt(FREQUENT / share))
+    return Targets(branch.size, branch.buckets, index, weight.astype(np.float32), share)
+
+
+class TextsInTwoParts(Dataset):
+    """Texts of two tokens and more, and where in them the targets are."""
+
+    def __init__(self, rows: Sequence[np.ndarray], targets: Targets) -> None:
+        self.rows = [row for row in rows if len(row) > 1]
+        self.targets = targets
+        self.found = [self._find(row) for row in self.rows]
+
+    def _find(self, row: np.ndarray) -> np.ndarray:
+        """(3, M) int32: number, first and last token of each target in a text."""
+        ids = torch.from_numpy(row.astype(np.int64))
+        mask = torch.ones(len(row), dtype=torch.bool)
+        buckets = ngrams.ngram_buckets(ids, mask, self.targets.size, self.targets.buckets).numpy()
+        number = np.where(buckets >= 0, self.targets.index[buckets], -1)  # (size, T)
+        order, last = np.nonzero(number >= 0)
+        return np.stack([number[order, last], last - order, last]).astype(np.int32)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.rows[i], self.found[i]
+
+
+def cut_in_two(
+    examples: Sequence[tuple[np.ndarray, np.ndarray]], pad_token_id: int
+) -> dict[str, Tensor]:
+    """A batch of 2B parts, with the targets of each part's other part.
+
+    Args:
+        examples: B items of `TextsInTwoParts`.
+        pad_token_id: id to pad with.
+
+    Returns:
+        input_ids and attention_mask, (2B, T); part and target, (M,) int64 each: the part that is
+        to predict, and what. The cuts are drawn from torch's generator.
+    """
+    parts: list[np.ndarray] = []
+    pairs: list[np.ndarray] = []
+    for (row, (number, first, last)), draw in zip(
+        examples, torch.rand(len(examples)).tolist(), strict=True
+    ):
+        share = NEAREST_CUT + (1 - 2 * NEAREST_CUT) * draw
+        cut = min(max(round(share * len(row)), 1), len(row) - 1)
+        for inside in (first >= cut, last < cut):
+            target = np.unique(number[inside])
+            pairs.append(np.stack([np.full_like(target, len(parts)), target]))
+            parts.append(row[:cut] if len(parts) % 2 == 0 else row[cut:])
+    input_ids, attention_mask = pad(parts, pad_token_id)
+    part, target = torch.from_numpy(np.concatenate(pairs, axis=1).astype(np.int64))
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "part": part,
+        "target": target,
+    }
+
+
+class TwoViewModel(nn.Module):
+    """An encoder, and the layer that predicts n-grams from a pooled part.
+
+    Args:
+        encoder: is trained in place.
+        targets: what to predict.
+    """
+
+    def __init__(self, encoder: NiNTextModel, targets: Targets) -> None:
+        super().__init__()
+        self.encoder = encoder
+        size = encoder.config.hidden_size
+        self.norm = nn.LayerNorm(size)
+        self.predict = nn.Linear(size, len(targets))
+        self.register_buffer("target_weight", torch.from_numpy(targets.weight))
+        with torch.no_grad():
+            self.predict.weight.normal_(std=0.02)
+            expected = torch.from_numpy(targets.share * targets.weight)
+            self.predict.bias.copy_(torch.log(expected / expected.sum()))
+
+    target_weight: Tensor
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, part: Tensor, target: Tensor
+    ) -> dict[str, Tensor]:
+        """The loss: for each part the weighted mean of -log p(target), then the mean of the parts.
+
+        Args:
+            input_ids, attention_mask: (P, T).
+            part, target: (M,), see `cut_in_two`.
+        """
+        pooled = self.norm(self.encoder.encode(input_ids, attention_mask).pooled)  # (P, C)
+        log_p = F.log_softmax(self.predict(pooled).float(), dim=1)  # (P, F)
+        weight = self.target_weight[target]  # (M,)
+        total = weight.new_zeros(len(input_ids)).index_add(0, part, weight)  # (P,)
+        weight = weight / total[part]
+        return {"loss": -(log_p[part, target] * weight).sum() / len(input_ids)}

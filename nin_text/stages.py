@@ -1,0 +1,156 @@
+"""What a NiN classifier goes through beside training on labels, in this order.
+
+`fit_ngrams`, `pretrain`, training on the labels, `fuse`, `label_unlabelled` and training again on
+labelled and unlabelled texts, `fuse`. The slow ones leave a file, so that a run that was stopped
+does not repeat them.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nin_text import ngrams
+from nin_text.evaluation import softmax
+from nin_text.options import TrainOptions
+from nin_text.pretraining import TextsInTwoParts, TwoViewModel, choose_targets, cut_in_two
+from nin_text.text import NiNTextForSequenceClassification
+from nin_text.training import (
+    EncodedTexts,
+    TextTrainer,
+    TokenTrainer,
+    last_checkpoint,
+    training_arguments,
+)
+
+logger = logging.getLogger(__name__)
+
+
+def fit_ngrams(
+    model: NiNTextForSequenceClassification, train: EncodedTexts, validation: EncodedTexts
+) -> None:
+    """Fit the n-gram branch to the training split; what it can do alone is logged."""
+    assert model.ngrams is not None
+    ngrams.fit(model.ngrams, train.rows, train.labels, model.config.class_weights)
+    logits = ngrams.predict(model.ngrams, validation.rows)
+    right = logits.argmax(axis=1) == validation.labels
+    logger.info("n-gram evidence alone: validation accuracy %.4f", right.mean())
+
+
+def pretrain(
+    model: NiNTextForSequenceClassification,
+    train: EncodedTexts,
+    unlabelled: EncodedTexts | None,
+    folder: Path,
+    options: TrainOptions,
+    **arguments: Any,
+) -> float:
+    """Pretrain the encoder of a model whose n-gram branch has been fitted (see `pretraining.py`).
+
+    Args:
+        model: its encoder is trained in place.
+        train, unlabelled: the texts; the branch has been fitted to the first.
+        folder: for checkpoints and the result.
+        options: with the recipe filled in.
+        arguments: further ones of `training_arguments`.
+
+    Returns:
+        Seconds that it took, those before a resumed checkpoint included.
+    """
+    assert model.ngrams is not None
+    done = folder / "pretrained.safetensors"
+    if done.is_file():
+        model.nin.load_state_dict(load_file(done))
+        return _seconds(done)
+    targets = choose_targets(model.ngrams, train.rows)
+    texts = TextsInTwoParts([*train.rows, *(unlabelled.rows if unlabelled else [])], targets)
+    if not len(targets) or not len(texts):
+        logger.warning("nothing to pretrain on: no text has two tokens, or none tells a class")
+        return 0.0
+    logger.info(
+        "pretraining on %s texts: %s n-grams to predict", f"{len(texts):,}", f"{len(targets):,}"
+    )
+    trainer = TokenTrainer(
+        model=TwoViewModel(model.nin, targets),
+        args=training_arguments(
+            folder / "pretraining",
+            epochs=options.pretrain_epochs,
+            learning_rate=options.pretrain_learning_rate,
+            weight_decay=0.01,
+            evaluate=False,
+            **arguments,
+        ),
+        train_dataset=texts,
+        collate=partial(cut_in_two, pad_token_id=model.config.pad_token_id or 0),
+        batch_tokens=options.batch_tokens,
+        title="pretraining",
+    )
+    checkpoint = last_checkpoint(folder / "pretraining")
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.is_world_process_zero():
+        _save(model.nin.state_dict(), done, trainer.seconds)
+    return trainer.seconds
+
+
+def fuse(trainer: TextTrainer) -> None:
+    """Weigh network and n-grams against each other by the log loss of the validation split."""
+    model, validation = trainer.best_model, trainer.eval_dataset
+    assert isinstance(model, NiNTextForSequenceClassification) and model.ngrams is not None
+    added = ngrams.predict(model.ngrams, validation.rows)
+    network = trainer.logits(validation) - added
+    scales = ngrams.best_scales([network, added], validation.labels)
+    model.rescale(*scales)
+    logger.info("weights of network and n-grams: %.3f, %.3f", *scales)
+
+
+def label_unlabelled(
+    trainer: TextTrainer, unlabelled: EncodedTexts, path: Path, seconds: float
+) -> np.ndarray:
+    """Class probabilities (n, K) of unlabelled texts by a trained and fused classifier.
+
+    Args:
+        trainer: has the classifier.
+        unlabelled: the texts.
+        path: where to leave the answers for `saved_answers`.
+        seconds: how long the training took, to be left beside them.
+    """
+    answers = softmax(trainer.logits(unlabelled, progress="labelling")).astype(np.float32)
+    if trainer.is_world_process_zero():
+        _save({"answers": torch.from_numpy(answers)}, path, seconds)
+    return answers
+
+
+def saved_answers(path: Path) -> tuple[np.ndarray, float] | None:
+    """What `label_unlabelled` left: the answers, and the seconds of training before them."""
+    if not path.is_file():
+        return None
+    return load_file(path)["answers"].numpy(), _seconds(path)
+
+
+def with_answers(
+    train: EncodedTexts, unlabelled: EncodedTexts, answers: np.ndarray
+) -> EncodedTexts:
+    """The training split with certain labels, and unlabelled texts with class probabilities."""
+    certain = np.eye(answers.shape[1], dtype=np.float32)[train.labels]  # (n, K)
+    return EncodedTexts([*train.rows, *unlabelled.rows], np.concatenate([certain, answers]))
+
+
+def _save(tensors: dict[str, Tensor], path: Path, seconds: float) -> None:
+    """Write aside and rename: a file of that name is whole."""
+    aside = path.with_name(f".{path.name}")
+    plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(plain, aside, metadata={"seconds": repr(seconds)})
+    aside.replace(path)
+
+
+def _seconds(path: Path) -> float:
+    with safe_open(path, "pt") as file:
+        return float((file.metadata() or {})["seconds"])

@@ -1,0 +1,155 @@
+"""N-gram evidence: counted once, never across texts, fitted and weighed as its sources say."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nin_text import ngrams
+from nin_text.blocks import Rows
+
+BUCKETS = 4096
+
+
+def branch_with_random_weights(size: int = 3, classes: int = 3) -> ngrams.NGramEvidence:
+    branch = ngrams.NGramEvidence(size, BUCKETS, classes)
+    generator = torch.Generator().manual_seed(0)
+    branch.weight.normal_(generator=generator)
+    branch.bias.normal_(generator=generator)
+    return branch
+
+
+def run(branch: ngrams.NGramEvidence, texts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, K) logits without bias and (B, T, K) evidence of texts in one padded batch."""
+    width = max(map(len, texts))
+    ids = torch.tensor([text + [0] * (width - len(text)) for text in texts])
+    mask = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in texts])
+    layout = Rows.from_attention_mask(mask, gap=1)
+    logits, evidence = branch(layout.pack(ids), layout)
+    return logits, layout.unpack(evidence)
+
+
+def bucket(tokens: list[int]) -> int:
+    """The documented hash, in plain integers."""
+    key = 0
+    for token in tokens:
+        key = (key * ngrams.MULTIPLIER + token + 1) % ngrams.PRIME
+    return key * ngrams.SCRAMBLE % ngrams.PRIME % BUCKETS
+
+
+def distinct_buckets(text: list[int], size: int) -> set[int]:
+    """The buckets of a text, the slow and obvious way."""
+    return {bucket(text[i : i + n]) for n in range(1, size + 1) for i in range(len(text) - n + 1)}
+
+
+TEXTS = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=12), min_size=1, max_size=5)
+
+
+@settings(max_examples=50, deadline=None)
+@given(TEXTS, st.integers(1, 4))
+def test_logits_are_the_sum_of_distinct_ngrams(texts: list[list[int]], size: int) -> None:
+    branch = branch_with_random_weights(size)
+    logits, evidence = run(branch, texts)
+    for i, text in enumerate(texts):
+        expected = branch.weight[sorted(distinct_buckets(text, size))].sum(dim=0)
+        torch.testing.assert_close(logits[i], expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(evidence[i].sum(dim=0), expected, atol=1e-4, rtol=1e-4)
+        assert not evidence[i, len(text) :].any()
+
+
+@settings(max_examples=50, deadline=None)
+@given(TEXTS, st.integers(1, 4))
+def test_features_are_what_the_branch_counts(texts: list[list[int]], size: int) -> None:
+    counts = ngrams.features([np.array(text) for text in texts], size, BUCKETS)
+    assert set(counts.data.tolist()) == {1.0}
+    for i, text in enumerate(texts):
+        assert set(counts[[i]].indices.tolist()) == distinct_buckets(text, size)
+
+
+def test_features_do_not_depend_on_where_chunks_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(0)
+    rows = [generator.integers(1, 50, length) for length in (3, 1, 7, 20, 2)]
+    whole = ngrams.features(rows, 3, BUCKETS)
+    monkeypatch.setattr(ngrams, "CHUNK_TOKENS", 4)
+    assert (ngrams.features(rows, 3, BUCKETS) != whole).nnz == 0
+
+
+def test_credit_goes_to_the_tokens_of_the_ngram() -> None:
+    """A bigram's weight is halved between its two tokens, and again between two occurrences."""
+    branch = ngrams.NGramEvidence(2, BUCKETS, 1)
+    branch.weight[bucket([5, 6])] = 1.0
+    _, evidence = run(branch, [[5, 6, 7, 5, 6], [7, 5, 6, 7, 7]])
+    assert evidence[0, :, 0].tolist() == [0.25, 0.25, 0, 0.25, 0.25]
+    assert evidence[1, :, 0].tolist() == [0, 0.5, 0.5, 0, 0]
+
+
+def test_fit_finds_what_tells_classes_apart() -> None:
+    """The order of two words decides the label, so only a bigram can tell."""
+    generator = np.random.default_rng(0)
+    rows, labels = [], []
+    for _ in range(300):
+        label = int(generator.integers(2))
+        pair = [3, 4] if label else [4, 3]
+        rows.append(np.array([*generator.integers(10, 30, 3), *pair]))
+        labels.append(label)
+    branch = ngrams.NGramEvidence(2, BUCKETS, 2)
+    ngrams.fit(branch, rows, np.array(labels))
+    logits = ngrams.predict(branch, rows)
+    assert (logits.argmax(axis=1) == labels).all()
+    assert branch.weight[bucket([3, 4]), 1] > 0.5 > -0.5 > branch.weight[bucket([4, 3]), 1]
+    np.testing.assert_allclose(logits.sum(axis=1), 0, atol=1e-5)
+    words = ngrams.NGramEvidence(1, BUCKETS, 2)
+    ngrams.fit(words, rows, np.array(labels))
+    assert (ngrams.predict(words, rows).argmax(axis=1) == labels).mean() < 0.8
+
+
+def test_fit_takes_any_number_of_classes() -> None:
+    """Also one that has no example."""
+    rows = [np.array([label + 5, 20]) for label in (0, 1, 2) for _ in range(20)]
+    labels = np.repeat([0, 1, 2], 20)
+    branch = ngrams.NGramEvidence(2, BUCKETS, 4)
+    ngrams.fit(branch, rows, labels)
+    logits = ngrams.predict(branch, rows)
+    assert (logits[:, :3].argmax(axis=1) == labels).all()
+    assert not branch.weight[:, 3].any()
+
+
+def test_class_weights_shift_the_bias_towards_rare_classes() -> None:
+    rows, labels = [np.array([7])] * 40, np.array([0] * 36 + [1] * 4)
+    plain, weighted = ngrams.NGramEvidence(1, 64, 2), ngrams.NGramEvidence(1, 64, 2)
+    ngrams.fit(plain, rows, labels)
+    ngrams.fit(weighted, rows, labels, [40 / 72, 5.0])
+    assert ngrams.predict(plain, rows)[0, 1] < -0.5
+    assert abs(ngrams.predict(weighted, rows)[0, 1]) < 0.2
+
+
+def test_predict_is_what_the_branch_adds() -> None:
+    branch = branch_with_random_weights()
+    texts = [[1, 2, 3, 2, 3], [4], [9, 9, 9]]
+    logits, _ = run(branch, texts)
+    rows = [np.array(text) for text in texts]
+    np.testing.assert_allclose(
+        ngrams.predict(branch, rows), (logits + branch.bias).numpy(), atol=1e-5
+    )
+
+
+def test_best_scales_undo_a_wrong_scale() -> None:
+    """Labels drawn from softmax(2 a + b / 2): the factors come back, also if one part is noise."""
+    generator = np.random.default_rng(0)
+    a, b, noise = generator.normal(size=(3, 20_000, 3))
+    truth = 2 * a + b / 2
+    gumbel = -np.log(-np.log(generator.uniform(size=truth.shape)))
+    labels = (truth + gumbel).argmax(axis=1)
+    scales = ngrams.best_scales([a, b, noise], labels)
+    np.testing.assert_allclose(scales, [2, 0.5, 0], atol=0.05)
+
+
+def test_best_scales_stay_finite_without_a_mistake() -> None:
+    logits = np.array([[5.0, -5.0], [-5.0, 5.0]] * 10)
+    scales = ngrams.best_scales([logits, logits / 2], np.array([0, 1] * 10))
+    assert all(0 <= scale < 3 and math.isfinite(scale) for scale in scales)

@@ -42,8 +42,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "nin-text-base": {
         **_RESIDUAL,
         "embedding_size": 192,
-        "block_channels": [[192, 384, 192], [192, 384, 192]],
-        "kernel_sizes": [[3], [3]],
+        "block_channels": [[192, 384, 192]],
+        "kernel_sizes": [[3]],
     },
 }
 

@@ -63,6 +63,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "warmup": 0.06,
         "batch_size": 64,
         "batch_tokens": 16_384,
+        "tokenizer": "wordpiece",
         "vocab_size": 30_000,
         "max_length": 0,
         "ema_decay": 0.99,
@@ -87,8 +88,10 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "demo_reviews": {"epochs": 10},
     "demo_topics": {"epochs": 10},
-    "imdb": {"epochs": 3},
+    "imdb": {"pretrain_epochs": 2, "epochs": 2},
     "ag_news": {"epochs": 4},
+    "sst2": {"epochs": 4, "batch_size": 128, "dropout": 0.5},
+    "trec": {"tokenizer": "word", "epochs": 20, "dropout": 0.5},
 }
 
 
@@ -142,8 +145,7 @@ class TrainOptions(CommonOptions, DataOptions):
         "nin-text-base",
     )
     tokenizer: str = option(
-        "wordpiece, bpe or word to train one on the training split, or a hub id or folder",
-        "wordpiece",
+        "wordpiece, bpe or word to train one on the training split, or a hub id or folder"
     )
     vocab_size: int = option("most tokens in a trained vocabulary")
     lowercase: bool = option("fold case in a trained tokenizer", True)

@@ -91,7 +91,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "imdb": {"pretrain_epochs": 2, "epochs": 2},
     "ag_news": {"epochs": 4},
     "sst2": {"epochs": 4, "batch_size": 128, "dropout": 0.5},
-    "trec": {"tokenizer": "word", "epochs": 20, "dropout": 0.5},
+    "trec": {"tokenizer": "word", "pretrain_epochs": 4, "epochs": 20, "dropout": 0.5},
 }
 
 

@@ -70,7 +70,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "patience": 3,
         "label_smoothing": 0.0,
         "ngrams": 3,
-        "pretrain_epochs": 0,
+        "pretrain_epochs": 4,
         "pretrain_learning_rate": 2e-3,
         "self_training_epochs": 2,
     },
@@ -90,8 +90,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "demo_topics": {"epochs": 10},
     "imdb": {"pretrain_epochs": 2, "epochs": 2},
     "ag_news": {"epochs": 4},
-    "sst2": {"epochs": 4, "batch_size": 128, "dropout": 0.5},
-    "trec": {"tokenizer": "word", "pretrain_epochs": 4, "epochs": 20, "dropout": 0.5},
+    "sst2": {"pretrain_epochs": 0, "epochs": 4, "batch_size": 128, "dropout": 0.5},
+    "trec": {"tokenizer": "word", "epochs": 20, "dropout": 0.5},
 }
 
 

@@ -80,16 +80,19 @@ class NGramEvidence(nn.Module):
     weight: Tensor
     bias: Tensor
 
-    def forward(self, ids: Tensor, layout: Rows) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, ids: Tensor, layout: Rows, output_evidence: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
         """Evidence of n-grams, without the bias.
 
         Args:
             ids: (N,) token ids in the rows layout.
             layout: where the texts lie.
+            output_evidence: also return the share of each token.
 
         Returns:
-            (B, K) its sum over each text, and (N, K) the share of each token: an n-gram's weight
-            is divided among its occurrences, and there among its tokens.
+            (B, K) its sum over each text, and (N, K) the share of each token if asked for: an
+            n-gram's weight is divided among its occurrences, and there among its tokens.
         """
         found = ngram_buckets(ids, layout.mask[:, 0], self.size, self.buckets)  # (size, N)
         order, end = (found >= 0).nonzero(as_tuple=True)  # (M,) each
@@ -101,6 +104,8 @@ class NGramEvidence(nn.Module):
         texts, classes = len(layout.index), weights.shape[1]
         logits = weights.new_zeros(texts, classes)
         logits = logits.index_add(0, distinct // self.buckets, weights)  # (B, K)
+        if not output_evidence:
+            return logits, None
         share = (weights / count[:, None])[place] / (order[:, None] + 1)  # (M, K)
         evidence = weights.new_zeros(len(ids), classes)
         for back in range(self.size):

@@ -266,8 +266,9 @@ class NiNTextForSequenceClassification(NiNTextPreTrainedModel):
             logits = encoded.pooled @ self.classifier.weight.t() + total * self.classifier.bias
             evidence = None
             ngrams = None if self.training else self.ngrams
+            ngram_maps = None
             if ngrams is not None:
-                added, ngram_maps = ngrams(encoded.ids, encoded.layout)  # (B, K), (N, K)
+                added, ngram_maps = ngrams(encoded.ids, encoded.layout, output_evidence)
                 logits = logits + added + total * ngrams.bias
             if output_evidence:
                 maps = self.classifier(encoded.rows)  # (N, K): one map for each class
@@ -275,7 +276,7 @@ class NiNTextForSequenceClassification(NiNTextPreTrainedModel):
                 if ngrams is not None:
                     maps = maps + ngrams.bias
                 evidence = maps * encoded.weights[..., None]
-                if ngrams is not None:
+                if ngram_maps is not None:
                     evidence = evidence + encoded.layout.unpack(ngram_maps)
             loss = None
             if labels is not None:

@@ -30,7 +30,8 @@ def run(branch: ngrams.NGramEvidence, texts: list[list[int]]) -> tuple[torch.Ten
     ids = torch.tensor([text + [0] * (width - len(text)) for text in texts])
     mask = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in texts])
     layout = Rows.from_attention_mask(mask, gap=1)
-    logits, evidence = branch(layout.pack(ids), layout)
+    logits, evidence = branch(layout.pack(ids), layout, output_evidence=True)
+    assert torch.equal(branch(layout.pack(ids), layout)[0], logits)
     return logits, layout.unpack(evidence)
 
 

@@ -116,9 +116,7 @@ def _open_run_folder(folder: Path, record: dict[str, Any], *, resume: bool) -> N
     path, checkpoints = folder / OPTIONS_FILE, folder / "checkpoints"
     if resume and path.is_file():
         _check_same(record, path, folder)
-        if _begun(checkpoints):
-            logger.info("resuming the run in %s", folder)
-        else:
+        if not _begun(checkpoints):
             logger.warning("%s holds no whole checkpoint yet; starting anew", folder)
         return
     if resume:
@@ -242,8 +240,7 @@ def _train(
             patience=options.patience,
             title=name.replace("-", " "),
         )
-        checkpoint = last_checkpoint(checkpoints / name)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.train_or_resume()
         seconds[name] = trainer.seconds
         if options.ngrams:
             stages.fuse(trainer)

@@ -27,7 +27,6 @@ from nin_text.training import (
     EncodedTexts,
     TextTrainer,
     TokenTrainer,
-    last_checkpoint,
     training_arguments,
 )
 
@@ -93,8 +92,7 @@ def pretrain(
         batch_tokens=options.batch_tokens,
         title="pretraining",
     )
-    checkpoint = last_checkpoint(folder / "pretraining")
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.train_or_resume()
     if trainer.is_world_process_zero():
         _save(model.nin.state_dict(), done, trainer.seconds)
     return trainer.seconds

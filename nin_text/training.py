@@ -267,6 +267,13 @@ class TokenTrainer(Trainer):
         finally:
             self.seconds = self._elapsed()
 
+    def train_or_resume(self) -> None:
+        """Train, from the last whole checkpoint in the output folder if there is one."""
+        checkpoint = last_checkpoint(Path(cast(str, self.args.output_dir)))
+        if checkpoint is not None:
+            logger.info("resuming from %s", checkpoint)
+        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
     def _elapsed(self) -> float:
         """Seconds of training up to now, those before a resumed checkpoint included."""
         return self.seconds_before + time.perf_counter() - self.clock

@@ -255,11 +255,11 @@ def with_recipe(options: TrainOptions, examples: int) -> TrainOptions:
             about `MIN_BATCHES` of them.
     """
     recipe = dict(RECIPES["default"])
-    if options.ngrams == 0:
-        recipe["pretrain_epochs"] = 0  # which predicts n-grams
     recipe["batch_size"] = min(recipe["batch_size"], max(4, examples // MIN_BATCHES))
     if options.model in PRESET_NAMES:
         recipe |= RECIPES.get(options.dataset, {})
+        if options.ngrams == 0:
+            recipe["pretrain_epochs"] = 0  # which predicts n-grams
     else:
         _check_outside(options)
         recipe |= RECIPES["transformer"]

@@ -55,6 +55,18 @@ def test_the_recipe_fills_in_what_was_left_open_and_nothing_else() -> None:
             assert getattr(options, spec.name) is not None
 
 
+@pytest.mark.parametrize("dataset", ["demo_topics", "imdb"])
+def test_without_ngrams_there_is_nothing_to_pretrain_on(dataset: str) -> None:
+    assert with_recipe(parse("--dataset", dataset), 1000).pretrain_epochs > 0
+    assert with_recipe(parse("--dataset", dataset, "--ngrams", "0"), 1000).pretrain_epochs == 0
+
+
+def test_unlabelled_texts_are_read_for_presets_alone() -> None:
+    assert parse().arguments()["unsupervised"]
+    assert not parse("--no-unlabelled").arguments()["unsupervised"]
+    assert not parse("--model", "some/model").arguments()["unsupervised"]
+
+
 def test_small_data_sets_get_smaller_batches() -> None:
     sizes = [with_recipe(parse(), examples).batch_size for examples in (10, 1000, 100_000)]
     assert sizes == [4, 20, 64]
@@ -94,6 +106,7 @@ def test_every_option_has_a_help_text_with_its_default() -> None:
         ({"dropout": 1.0}, "--dropout must be between 0 and 0.99, not 1"),
         ({"limit": 0}, "--limit"),
         ({"seed": -1}, "--seed"),
+        ({"ngrams": 0, "pretrain_epochs": 1}, "cannot go with --ngrams 0"),
     ],
 )
 def test_values_that_no_run_can_have_are_refused(wrong: dict, message: str) -> None:

@@ -311,10 +311,14 @@ def _read_folder(folder: Path) -> _Raw:
         if (folder / name).is_dir()
     }
     if parts:  # aclImdb and its like: train/<class>/*.txt
-        return _Raw(
-            str(folder),
-            {split: partial(readers.read_class_folders, part) for split, part in parts.items()},
-        )
+        tables: dict[str, Callable[[], Table]] = {
+            split: partial(readers.read_class_folders, part) for split, part in parts.items()
+        }
+        for name in readers.SPLIT_NAMES["unsupervised"]:
+            for place in (folder / name, folder / "train" / name):
+                if place.is_dir():
+                    tables["unsupervised"] = partial(readers.read_text_files, place)
+        return _Raw(str(folder), tables)
     return _Raw(str(folder), {"train": partial(readers.read_class_folders, folder)})
 
 
@@ -568,7 +572,10 @@ def _subset(split: Split, limit: int) -> Split:
         return split
     if split.labels and split.labels[0] >= 0:
         return split.take(stratified(split.labels, limit)[0])
-    return split.take(range(limit))
+    import numpy as np
+
+    drawn = np.random.default_rng(SPLIT_SEED).permutation(len(split))[:limit]
+    return split.take(sorted(drawn.tolist()))
 
 
 def _check_labels(splits: dict[str, Split], names: list[str], notes: list[str]) -> None:

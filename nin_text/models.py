@@ -22,7 +22,8 @@ from nin_text.report import METRICS_FILE
 from nin_text.text import NiNTextForSequenceClassification
 from nin_text.tokenization import KINDS, cached_tokenizer, load_tokenizer
 
-MIN_BUCKET_BITS, MAX_BUCKET_BITS = 12, 22
+MIN_BUCKETS, MAX_BUCKETS = 2**12, 2**22
+MAX_BUCKETS_TIMES_CLASSES = 2**25  # 128 MiB of weights
 
 
 def build(
@@ -61,7 +62,7 @@ def build(
         "hidden_dropout": options.dropout,
         "label_smoothing": options.label_smoothing,
         "ngram_size": options.ngrams,
-        "ngram_buckets": _ngram_buckets(texts, options.ngrams),
+        "ngram_buckets": _ngram_buckets(texts, options.ngrams, len(label_names)),
         "class_weights": _class_weights(options, labels, len(label_names)),
     }
     config = NiNTextConfig.from_preset(
@@ -74,10 +75,11 @@ def build(
     return NiNTextForSequenceClassification(config), tokenizer
 
 
-def _ngram_buckets(texts: Sequence[str], size: int) -> int:
+def _ngram_buckets(texts: Sequence[str], size: int, classes: int) -> int:
     """Rows of the n-gram table: about as many as there can be n-grams, within bounds."""
     tokens = sum(map(len, texts)) // 4
-    return 1 << min(max((tokens * size).bit_length(), MIN_BUCKET_BITS), MAX_BUCKET_BITS)
+    most = min(MAX_BUCKETS, MAX_BUCKETS_TIMES_CLASSES >> classes.bit_length())
+    return max(min(1 << (tokens * size).bit_length(), most), MIN_BUCKETS)
 
 
 def _class_weights(

@@ -33,6 +33,7 @@ SCRAMBLE = 1_640_531_527  # spreads neighbouring values, whose order is that of 
 SMOOTHING = 1.0  # added to every count of naive Bayes
 INVERSE_REGULARIZATION = 1.0  # C of the logistic regression
 CHUNK_TOKENS = 1_000_000
+LEAST_SCALE = 0.01
 
 
 def ngram_buckets(ids: Tensor, mask: Tensor, size: int, buckets: int) -> Tensor:
@@ -171,8 +172,11 @@ def fit(
     bias: np.ndarray = np.zeros(classes, dtype=np.float32)
     for label in [1] if classes == 2 else range(classes):
         is_label = labels == label
-        if is_label.all() or not is_label.any():
-            continue  # a class without examples, or without others, has no evidence
+        if not is_label.any():  # no n-gram speaks for it, and it is at best as rare as this
+            bias[label] = -np.log(len(labels) + 1)
+            continue
+        if is_label.all():
+            continue
         weight[:, label], bias[label] = _fit_one(counts, is_label, sample_weight)
     if classes == 2:
         weight = np.stack([-weight[:, 1], weight[:, 1]], axis=1) / 2
@@ -206,11 +210,11 @@ def predict(branch: NGramEvidence, rows: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def best_scales(parts: Sequence[np.ndarray], labels: np.ndarray) -> np.ndarray:
-    """Factors s >= 0 for which sum(s[i] * parts[i]) are the logits of least log loss.
+    """Factors s for which sum(s[i] * parts[i]) are the logits of least log loss.
 
     A weak pull towards 1, worth about one example, keeps the factors finite on a validation split
-    without a single mistake. One part alone is temperature scaling (Guo et al. 2017, arXiv
-    1706.04599).
+    without a single mistake; `LEAST_SCALE` keeps an answer where no part is of any use. One part
+    alone is temperature scaling (Guo et al. 2017, arXiv 1706.04599).
 
     Args:
         parts: (n, K) logits each.
@@ -231,4 +235,4 @@ def best_scales(parts: Sequence[np.ndarray], labels: np.ndarray) -> np.ndarray:
         return value / len(labels), gradient / len(labels)
 
     start = np.full(len(parts), 0.5)
-    return np.asarray(minimize(loss, start, jac=True, bounds=[(0, None)] * len(parts)).x)
+    return np.asarray(minimize(loss, start, jac=True, bounds=[(LEAST_SCALE, None)] * len(parts)).x)

@@ -80,22 +80,19 @@ class TextsInTwoParts(Dataset):
     def __init__(self, rows: Sequence[np.ndarray], targets: Targets) -> None:
         self.rows = [row for row in rows if len(row) > 1]
         self.targets = targets
-        self.found = [self._find(row) for row in self.rows]
-
-    def _find(self, row: np.ndarray) -> np.ndarray:
-        """(3, M) int32: number, first and last token of each target in a text."""
-        ids = torch.from_numpy(row.astype(np.int64))
-        mask = torch.ones(len(row), dtype=torch.bool)
-        buckets = ngrams.ngram_buckets(ids, mask, self.targets.size, self.targets.buckets).numpy()
-        number = np.where(buckets >= 0, self.targets.index[buckets], -1)  # (size, T)
-        order, last = np.nonzero(number >= 0)
-        return np.stack([number[order, last], last - order, last]).astype(np.int32)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        return self.rows[i], self.found[i]
+        """A text's token ids (T,), and (3, M): number, first and last token of its targets."""
+        row = self.rows[i]
+        ids = torch.from_numpy(row.astype(np.int64))
+        mask = torch.ones(len(row), dtype=torch.bool)
+        buckets = ngrams.ngram_buckets(ids, mask, self.targets.size, self.targets.buckets).numpy()
+        number = np.where(buckets >= 0, self.targets.index[buckets], -1)  # (size, T)
+        order, last = np.nonzero(number >= 0)
+        return row, np.stack([number[order, last], last - order, last])
 
 
 def cut_in_two(

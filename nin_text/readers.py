@@ -158,12 +158,18 @@ def read_class_folders(folder: Path) -> Table:
     for class_folder in sorted(path for path in folder.iterdir() if path.is_dir()):
         if class_folder.name in SPLIT_NAMES["unsupervised"]:
             continue
-        for path in sorted(class_folder.glob("*.txt")):
-            texts.append(_decode(path.read_bytes(), path))
-            labels.append(class_folder.name)
+        read = read_text_files(class_folder)["text"]
+        texts += read
+        labels += [class_folder.name] * len(read)
     if not texts:
         raise UserError(f"{folder} holds no .txt files in folders named after the classes")
     return {"text": texts, "label": labels}
+
+
+def read_text_files(folder: Path) -> Table:
+    """Read `<folder>/*.txt`: one text a file, without labels."""
+    paths = sorted(folder.glob("*.txt"))
+    return {"text": [_decode(path.read_bytes(), path) for path in paths]}
 
 
 def split_files(folder: Path) -> dict[str, list[Path]]:

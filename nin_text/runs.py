@@ -247,6 +247,8 @@ def _train(
         return trainer
 
     labelled, unlabelled = encoded["train"], encoded.get("unsupervised")
+    if not options.unlabelled or not unlabelled:
+        unlabelled = None
     seconds: dict[str, float] = {}
     if options.ngrams:
         assert isinstance(model, NiNTextForSequenceClassification)

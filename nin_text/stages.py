@@ -71,7 +71,7 @@ def pretrain(
         return _seconds(done)
     targets = choose_targets(model.ngrams, train.rows)
     texts = TextsInTwoParts([*train.rows, *(unlabelled.rows if unlabelled else [])], targets)
-    if not len(targets) or not len(texts):
+    if len(targets) == 0 or len(texts) == 0:
         logger.warning("nothing to pretrain on: no text has two tokens, or none tells a class")
         return 0.0
     logger.info(
@@ -91,6 +91,7 @@ def pretrain(
         collate=partial(cut_in_two, pad_token_id=model.config.pad_token_id or 0),
         batch_tokens=options.batch_tokens,
         title="pretraining",
+        rate_option="--pretrain-learning-rate",
     )
     trainer.train_or_resume()
     if trainer.is_world_process_zero():

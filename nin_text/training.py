@@ -191,7 +191,14 @@ class Patience(EarlyStoppingCallback):
 
 
 class StopOnNaN(TrainerCallback):
-    """A loss that is not a number never recovers; stop while the last good checkpoint is there."""
+    """A loss that is not a number never recovers; stop while the last good checkpoint is there.
+
+    Args:
+        option: that sets the learning rate.
+    """
+
+    def __init__(self, option: str = "--learning-rate") -> None:
+        self.option = option
 
     def on_log(
         self,
@@ -205,7 +212,7 @@ class StopOnNaN(TrainerCallback):
         if not all(math.isfinite(loss) for loss in losses):
             raise UserError(
                 f"the loss is no longer a number by step {state.global_step}; lower "
-                f"--learning-rate (now {args.learning_rate:g}) or use --precision fp32. The last "
+                f"{self.option} (now {args.learning_rate:g}) or use --precision fp32. The last "
                 f"good checkpoint, if there is one, is in {args.output_dir}"
             )
 
@@ -219,6 +226,7 @@ class TokenTrainer(Trainer):
         similar_lengths: see `TokenBatchSampler`.
         ema_decay: of the averaged weights; 0 for none.
         title: of the progress bar.
+        rate_option: that sets the learning rate, for advice.
     """
 
     train_dataset: Any  # with `rows`, the token ids of each item
@@ -231,6 +239,7 @@ class TokenTrainer(Trainer):
         similar_lengths: bool = False,
         ema_decay: float = 0.0,
         title: str = "training",
+        rate_option: str = "--learning-rate",
         **kwargs: Any,
     ) -> None:
         self.batch_tokens = batch_tokens
@@ -241,7 +250,7 @@ class TokenTrainer(Trainer):
         self.average = (
             WeightAverage(cast(torch.nn.Module, self.model), ema_decay) if ema_decay else None
         )
-        for callback in (self.average, ProgressBar(title), StopOnNaN()):
+        for callback in (self.average, ProgressBar(title), StopOnNaN(rate_option)):
             if callback is not None:
                 self.add_callback(callback)
 
@@ -272,6 +281,9 @@ class TokenTrainer(Trainer):
         checkpoint = last_checkpoint(Path(cast(str, self.args.output_dir)))
         if checkpoint is not None:
             logger.info("resuming from %s", checkpoint)
+            record = json.loads((checkpoint / COMPLETE_FILE).read_text())
+            if record["stopped"]:  # out of patience: nothing is left but to take the best pass
+                self.args.num_train_epochs = record["epoch"]
         self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
     def _elapsed(self) -> float:
@@ -284,7 +296,11 @@ class TokenTrainer(Trainer):
         if self.args.should_save:
             if self.average is not None:
                 self.average.save(folder / AVERAGE_FILE)
-            record = {"step": self.state.global_step, "seconds": self._elapsed()}
+            record = {
+                "epoch": round(self.state.epoch or 0),
+                "stopped": self.control.should_training_stop,
+                "seconds": self._elapsed(),
+            }
             write_json(folder / COMPLETE_FILE, record)
             # Only now, and not in the Trainer (save_total_limit), which would remove the last whole
             # checkpoint while this one still lacks its averaged weights.
@@ -403,7 +419,7 @@ def training_arguments(
     evaluate: bool = True,
 ) -> TrainingArguments:
     """The Trainer's arguments for a run: save once an epoch, and evaluate if asked to."""
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=epochs,
         per_device_train_batch_size=batch_size,
@@ -431,4 +447,9 @@ def training_arguments(
         dataloader_pin_memory=device.type == "cuda",
         # The sampler already gives every process equally many batches.
         accelerator_config={"even_batches": False},
+        ddp_broadcast_buffers=False,  # they are equal everywhere, and never change
     )
+    # One process, one device: torch.nn.DataParallel would cut the rows of a batch apart. Several
+    # devices are for torchrun.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments

@@ -109,6 +109,9 @@ def test_the_aclimdb_layout(tmp_path: Path) -> None:
     dataset = load_text_dataset(str(tmp_path))
     assert dataset.label_names == ["neg", "pos"]
     assert sizes(dataset) == {"train": 18, "validation": 2, "test": 20}
+    unlabelled = load_text_dataset(str(tmp_path), unsupervised=True).splits["unsupervised"]
+    assert unlabelled.texts == [f"train unsup {i}" for i in range(10)]
+    assert unlabelled.labels == [-1] * 10
 
 
 def test_class_folders_without_splits(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from nin_text import NiNTextConfig, NiNTextForSequenceClassification
 from nin_text.errors import UserError
@@ -281,3 +281,34 @@ def test_checkpoints_hold_no_pickled_weights(tmp_path: Path) -> None:
     names = {path.name for path in last_checkpoint(tmp_path).iterdir()}
     assert {"model.safetensors", "averaged.safetensors", "complete.json"} <= names
     assert "pytorch_model.bin" not in names
+
+
+def test_a_run_that_had_stopped_early_is_not_trained_further(tmp_path: Path) -> None:
+    """Killed after its last pass and before its result was saved, it has nothing left to train."""
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(1, 30, 10, dtype=np.int32) for _ in range(40)]
+    labels = rng.integers(0, 2, 40).tolist()
+
+    def trainer() -> TextTrainer:
+        made = small_trainer(tmp_path, rows, labels, epochs=9, learning_rate=1e-12, ema_decay=0.5)
+        for callback in made.callback_handler.callbacks:
+            if isinstance(callback, Patience):
+                callback.early_stopping_patience = 2
+        return made
+
+    first, again = trainer(), trainer()
+    first.train_or_resume()
+    assert first.state.epoch == 3
+    again.train_or_resume()
+    assert again.state.epoch == 3
+    assert again.state.global_step == first.state.global_step
+    expected = first.best_model.state_dict()
+    for name, value in again.best_model.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_one_process_uses_one_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.nn.DataParallel would cut batches apart whose rows belong together."""
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 4)
+    rows = [np.arange(1, 9, dtype=np.int32)] * 16
+    assert small_trainer(tmp_path, rows, [0, 1] * 8).args._n_gpu <= 1

@@ -143,8 +143,8 @@ tags: [nin-text, text-classification]
 ---
 # {metrics["model"]} on {metrics["dataset"]}
 
-A text classifier with {metrics["parameters"]:,} parameters and {len(metrics["label_names"])}
-classes: {labels}.
+A text classifier with {metrics["parameters"]:,} parameters, a table of n-gram evidence with
+{metrics["ngram_table_entries"]:,} entries, and {len(metrics["label_names"])} classes: {labels}.
 
 | split | n | accuracy | macro F1 | log loss | calibration error |
 |---|---|---|---|---|---|

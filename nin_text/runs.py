@@ -176,6 +176,7 @@ def _metrics(
     seconds: dict[str, float],
 ) -> dict[str, Any]:
     """Everything about a run but the quality of its answers."""
+    table = getattr(trainer.model, "ngrams", None)
     return {
         "dataset": options.dataset,
         "data_source": dataset.source,
@@ -186,7 +187,9 @@ def _metrics(
         "model": options.model,
         "architecture": type(trainer.model).__name__,
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "ngram_table_entries": 0 if table is None else table.weight.numel(),
         "seed": options.seed,
+        # What follows, up to the seconds, and the history are of the last stage.
         "epochs_run": round(trainer.state.epoch or 0),
         "best_epoch": _best_epoch(trainer),
         "steps": trainer.state.global_step,

@@ -77,7 +77,16 @@ def test_a_run_leaves_everything_about_it(trained: Path) -> None:
         } <= set(metrics[split])
     assert {
         *("parameters", "train_seconds", "peak_memory_mb", "environment", "seed", "command"),
-        *("data_fingerprint", "data_source", "notes", "options", "precision", "best_epoch"),
+        *(
+            "ngram_table_entries",
+            "stage_seconds",
+            "data_fingerprint",
+            "data_source",
+            "notes",
+            "options",
+            "precision",
+            "best_epoch",
+        ),
     } <= set(metrics)
     assert metrics["test"]["accuracy"] == summary["test_accuracy"]
     low, high = metrics["test"]["accuracy_interval_95"]

@@ -115,17 +115,28 @@ class NGramEvidence(nn.Module):
         return logits, evidence  # (B, K), (N, K)
 
 
+def buckets_of_texts(
+    rows: Sequence[np.ndarray], size: int, buckets: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """`ngram_buckets` of texts laid end to end, each followed by one separator.
+
+    Returns:
+        (size, N) buckets, and (N,) the text that each row belongs to.
+    """
+    lengths = np.array([len(row) + 1 for row in rows])
+    ids = np.zeros(lengths.sum(), dtype=np.int64)
+    mask = np.ones(len(ids), dtype=bool)
+    mask[lengths.cumsum() - 1] = False
+    ids[mask] = np.concatenate(rows)
+    found = ngram_buckets(torch.from_numpy(ids), torch.from_numpy(mask), size, buckets)
+    return found.numpy(), np.repeat(np.arange(len(rows)), lengths)
+
+
 def features(rows: Sequence[np.ndarray], size: int, buckets: int) -> sparse.csr_matrix:
     """(n, buckets) ones where a text has an n-gram of that bucket."""
     indices, counts = [], []
     for chunk in _chunks(rows):
-        lengths = np.array([len(row) + 1 for row in chunk])  # each text with a separator
-        ids = np.zeros(lengths.sum(), dtype=np.int64)
-        mask = np.ones(len(ids), dtype=bool)
-        mask[lengths.cumsum() - 1] = False
-        ids[mask] = np.concatenate(chunk)
-        found = ngram_buckets(torch.from_numpy(ids), torch.from_numpy(mask), size, buckets).numpy()
-        text = np.broadcast_to(np.repeat(np.arange(len(chunk)), lengths), found.shape)
+        found, text = buckets_of_texts(chunk, size, buckets)  # (size, N), (N,)
         keys = np.unique((text * buckets + found)[found >= 0])
         indices.append((keys % buckets).astype(np.int32))
         counts.append(np.bincount(keys // buckets, minlength=len(chunk)))

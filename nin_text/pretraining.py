@@ -74,58 +74,53 @@ def choose_targets(branch: ngrams.NGramEvidence, rows: Sequence[np.ndarray]) -> 
     return Targets(branch.size, branch.buckets, index, weight.astype(np.float32), share)
 
 
-class TextsInTwoParts(Dataset):
-    """Texts of two tokens and more, and where in them the targets are."""
+class LongEnoughTexts(Dataset):
+    """Token ids of the texts that can be cut in two: those of two tokens and more."""
 
-    def __init__(self, rows: Sequence[np.ndarray], targets: Targets) -> None:
+    def __init__(self, rows: Sequence[np.ndarray]) -> None:
         self.rows = [row for row in rows if len(row) > 1]
-        self.targets = targets
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """A text's token ids (T,), and (3, M): number, first and last token of its targets."""
-        row = self.rows[i]
-        ids = torch.from_numpy(row.astype(np.int64))
-        mask = torch.ones(len(row), dtype=torch.bool)
-        buckets = ngrams.ngram_buckets(ids, mask, self.targets.size, self.targets.buckets).numpy()
-        number = np.where(buckets >= 0, self.targets.index[buckets], -1)  # (size, T)
-        order, last = np.nonzero(number >= 0)
-        return row, np.stack([number[order, last], last - order, last])
+    def __getitem__(self, i: int) -> np.ndarray:
+        return self.rows[i]
 
 
 def cut_in_two(
-    examples: Sequence[tuple[np.ndarray, np.ndarray]], pad_token_id: int
+    rows: Sequence[np.ndarray], targets: Targets, pad_token_id: int
 ) -> dict[str, Tensor]:
     """A batch of 2B parts, with the targets of each part's other part.
 
     Args:
-        examples: B items of `TextsInTwoParts`.
+        rows: token ids of B texts, two and more each.
+        targets: what is predicted.
         pad_token_id: id to pad with.
 
     Returns:
         input_ids and attention_mask, (2B, T); part and target, (M,) int64 each: the part that is
         to predict, and what. The cuts are drawn from torch's generator.
     """
-    parts: list[np.ndarray] = []
-    pairs: list[np.ndarray] = []
-    for (row, (number, first, last)), draw in zip(
-        examples, torch.rand(len(examples)).tolist(), strict=True
-    ):
-        share = NEAREST_CUT + (1 - 2 * NEAREST_CUT) * draw
-        cut = min(max(round(share * len(row)), 1), len(row) - 1)
-        for inside in (first >= cut, last < cut):
-            target = np.unique(number[inside])
-            pairs.append(np.stack([np.full_like(target, len(parts)), target]))
-            parts.append(row[:cut] if len(parts) % 2 == 0 else row[cut:])
-    input_ids, attention_mask = pad(parts, pad_token_id)
-    part, target = torch.from_numpy(np.concatenate(pairs, axis=1).astype(np.int64))
+    lengths = np.array([len(row) for row in rows])  # (B,)
+    share = NEAREST_CUT + (1 - 2 * NEAREST_CUT) * torch.rand(len(rows), dtype=torch.float64).numpy()
+    cuts = np.clip(np.rint(share * lengths).astype(np.int64), 1, lengths - 1)  # (B,)
+    input_ids, attention_mask = pad(
+        [part for row, cut in zip(rows, cuts, strict=True) for part in (row[:cut], row[cut:])],
+        pad_token_id,
+    )
+    buckets, text = ngrams.buckets_of_texts(rows, targets.size, targets.buckets)  # (size, N), (N,)
+    number = np.where(buckets >= 0, targets.index[buckets], -1)  # (size, N)
+    order, last = np.nonzero(number >= 0)  # (M,) each
+    found, text = number[order, last], text[last]
+    last -= (np.cumsum(lengths + 1) - lengths - 1)[text]  # from the beginning of the text
+    after, before = last - order >= cuts[text], last < cuts[text]  # what crosses the cut is neither
+    part = 2 * text + before  # what lies before the cut is for the part after it
+    pairs = np.unique((part * len(targets) + found)[after | before])
     return {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
-        "part": part,
-        "target": target,
+        "part": torch.from_numpy(pairs // len(targets)),
+        "target": torch.from_numpy(pairs % len(targets)),
     }
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from nin_text import ngrams
 from nin_text.evaluation import softmax
 from nin_text.options import TrainOptions
-from nin_text.pretraining import TextsInTwoParts, TwoViewModel, choose_targets, cut_in_two
+from nin_text.pretraining import LongEnoughTexts, TwoViewModel, choose_targets, cut_in_two
 from nin_text.text import NiNTextForSequenceClassification
 from nin_text.training import (
     EncodedTexts,
@@ -70,7 +70,7 @@ def pretrain(
         model.nin.load_state_dict(load_file(done))
         return _seconds(done)
     targets = choose_targets(model.ngrams, train.rows)
-    texts = TextsInTwoParts([*train.rows, *(unlabelled.rows if unlabelled else [])], targets)
+    texts = LongEnoughTexts([*train.rows, *(unlabelled.rows if unlabelled else [])])
     if len(targets) == 0 or len(texts) == 0:
         logger.warning("nothing to pretrain on: no text has two tokens, or none tells a class")
         return 0.0
@@ -88,7 +88,7 @@ def pretrain(
             **arguments,
         ),
         train_dataset=texts,
-        collate=partial(cut_in_two, pad_token_id=model.config.pad_token_id or 0),
+        collate=partial(cut_in_two, targets=targets, pad_token_id=model.config.pad_token_id or 0),
         batch_tokens=options.batch_tokens,
         title="pretraining",
         rate_option="--pretrain-learning-rate",

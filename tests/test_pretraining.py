@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nin_text import NiNTextConfig, NiNTextModel, ngrams
-from nin_text.pretraining import TextsInTwoParts, TwoViewModel, choose_targets, cut_in_two
+from nin_text.pretraining import LongEnoughTexts, TwoViewModel, choose_targets, cut_in_two
 
 BUCKETS, VOCABULARY = 1024, 12
 
@@ -56,8 +56,7 @@ def test_ngrams_that_say_nothing_or_never_occur_are_no_targets() -> None:
 @given(st.lists(st.lists(st.integers(1, 11), min_size=2, max_size=15), min_size=1, max_size=5))
 def test_each_part_predicts_what_lies_wholly_in_the_other(given_texts: list[list[int]]) -> None:
     targets = choose_targets(fitted_branch(), texts())
-    dataset = TextsInTwoParts([np.array(text) for text in given_texts], targets)
-    batch = cut_in_two([dataset[i] for i in range(len(dataset))], pad_token_id=0)
+    batch = cut_in_two([np.array(text) for text in given_texts], targets, pad_token_id=0)
     parts = [
         ids[mask.bool()].numpy()
         for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
@@ -77,10 +76,7 @@ def test_each_part_predicts_what_lies_wholly_in_the_other(given_texts: list[list
 
 
 def test_texts_of_one_token_are_left_out() -> None:
-    dataset = TextsInTwoParts(
-        [np.array([3]), np.array([3, 4])], choose_targets(fitted_branch(), texts())
-    )
-    assert len(dataset) == 1
+    assert len(LongEnoughTexts([np.array([3]), np.array([3, 4])])) == 1
 
 
 def test_the_loss_is_a_weighted_mean_for_each_part() -> None:
@@ -116,11 +112,10 @@ def test_what_is_in_both_parts_is_learned() -> None:
     targets = choose_targets(branch, rows)
     torch.manual_seed(0)
     model = TwoViewModel(NiNTextModel(NiNTextConfig(vocab_size=VOCABULARY)), targets)
-    dataset = TextsInTwoParts(rows, targets)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for _ in range(40):
-        batch = cut_in_two([dataset[i] for i in rng.integers(0, 300, 32)], pad_token_id=0)
+        batch = cut_in_two([rows[i] for i in rng.integers(0, 300, 32)], targets, pad_token_id=0)
         loss = model(**batch)["loss"]
         loss.backward()
         optimizer.step()

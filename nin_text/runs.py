@@ -262,12 +262,12 @@ def _train(
             )
     if not options.self_training_epochs or unlabelled is None:
         return train("training", options.epochs, labelled), seconds
-    saved = stages.saved_answers(checkpoints / "answers.safetensors")
+    path = checkpoints / "answers.safetensors"
+    saved = stages.saved_answers(path)
     if saved is None:
         start = copy.deepcopy(model.state_dict())
         teacher = train("training", options.epochs, labelled)
-        path = checkpoints / "answers.safetensors"
-        answers = stages.label_unlabelled(teacher, unlabelled, path, teacher.seconds)
+        answers = stages.label_unlabelled(teacher, unlabelled, path)
         model.load_state_dict(start)
     else:
         answers, seconds["training"] = saved

@@ -110,20 +110,17 @@ def fuse(trainer: TextTrainer) -> None:
     logger.info("weights of network and n-grams: %.3f, %.3f", *scales)
 
 
-def label_unlabelled(
-    trainer: TextTrainer, unlabelled: EncodedTexts, path: Path, seconds: float
-) -> np.ndarray:
+def label_unlabelled(trainer: TextTrainer, unlabelled: EncodedTexts, path: Path) -> np.ndarray:
     """Class probabilities (n, K) of unlabelled texts by a trained and fused classifier.
 
     Args:
         trainer: has the classifier.
         unlabelled: the texts.
-        path: where to leave the answers for `saved_answers`.
-        seconds: how long the training took, to be left beside them.
+        path: where to leave the answers for `saved_answers`, with the seconds of training.
     """
     answers = softmax(trainer.logits(unlabelled, progress="labelling")).astype(np.float32)
     if trainer.is_world_process_zero():
-        _save({"answers": torch.from_numpy(answers)}, path, seconds)
+        _save({"answers": torch.from_numpy(answers)}, path, trainer.seconds)
     return answers
 
 

@@ -24,6 +24,9 @@ from nin_text.tokenization import KINDS, cached_tokenizer, load_tokenizer
 
 MIN_BUCKETS, MAX_BUCKETS = 2**12, 2**22
 MAX_BUCKETS_TIMES_CLASSES = 2**25  # 128 MiB of weights
+# What architectures call the dropout of attention weights. It is turned off: with it, a CPU cannot
+# use fused attention, and fine-tuning MiniLM-L6 on 512 tokens takes 3.6 times as long.
+ATTENTION_DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout")
 
 
 def build(
@@ -101,6 +104,9 @@ def _from_outside(
         config = AutoConfig.from_pretrained(
             name, problem_type="single_label_classification", **names
         )
+        for option in ATTENTION_DROPOUTS:
+            if hasattr(config, option):
+                setattr(config, option, 0.0)
         model = AutoModelForSequenceClassification.from_pretrained(
             name, config=config, ignore_mismatched_sizes=True, use_safetensors=True
         )

@@ -12,14 +12,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from safetensors.numpy import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from nin_text import models, report, stages
 from nin_text.data import TextDataset, load_text_dataset
 from nin_text.device import keep_freed_memory, pick_device, use_bf16
 from nin_text.errors import UserError
-from nin_text.evaluation import classification_metrics
+from nin_text.evaluation import classification_metrics, softmax
 from nin_text.options import TrainOptions, check, with_recipe
 from nin_text.text import NiNTextForSequenceClassification, NiNTextPreTrainedModel
 from nin_text.tokenization import encode
@@ -28,6 +30,7 @@ from nin_text.training import EncodedTexts, TextTrainer, last_checkpoint, traini
 logger = logging.getLogger(__name__)
 
 OPTIONS_FILE = "options.json"
+ANSWERS_FILE = "answers.safetensors"  # class probabilities (n, K) of "validation" and "test"
 # Options that do not change what is trained: a resumed run may differ in them.
 INCIDENTAL = {"data_dir", "device", "output_dir", "quiet", "resume", "verbose"}
 SUMMARY = (
@@ -85,6 +88,7 @@ def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dic
         logger.error("stopped; the same command with --resume goes on from the last whole epoch")
         raise
     metrics = _metrics(options, dataset, record, trainer, seconds)
+    answers = {}
     for split in ("validation", "test"):
         clock = time.perf_counter()
         logits = trainer.logits(encoded[split], progress=f"evaluating {split}")
@@ -92,10 +96,11 @@ def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dic
         truth = dataset.splits[split].labels
         metrics[split] = classification_metrics(logits, truth, dataset.label_names)
         metrics[split]["seconds"] = elapsed
+        answers[split] = softmax(logits).astype(np.float32)
     metrics["peak_memory_mb"] = round(report.peak_memory_mb(), 1)
     metrics["total_seconds"] = round(time.perf_counter() - started, 2)
     if trainer.is_world_process_zero():
-        _leave(folder, trainer.best_model, tokenizer, metrics)
+        _leave(folder, trainer.best_model, tokenizer, metrics, answers)
     return _summary(metrics, folder)
 
 
@@ -286,12 +291,14 @@ def _leave(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     metrics: dict[str, Any],
+    answers: dict[str, np.ndarray],
 ) -> None:
     """Put the results into the run folder; metrics.json, written last, says that it is whole."""
     aside = folder / ".saving"
     shutil.rmtree(aside, ignore_errors=True)
     model.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
+    save_file(answers, aside / ANSWERS_FILE)
     report.plot_curves(metrics["history"], aside / "curves.png")
     matrix = metrics["test"]["confusion_matrix"]
     report.plot_confusion(matrix, metrics["label_names"], aside / "confusion.png")

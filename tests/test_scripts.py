@@ -63,6 +63,7 @@ def test_a_run_leaves_everything_about_it(trained: Path) -> None:
     assert {path.name for path in trained.iterdir()} == {
         *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
         *("metrics.json", "options.json", "curves.png", "confusion.png", "README.md"),
+        "answers.safetensors",
     }
     (line,) = (trained.parent / "stdout").read_text().splitlines()
     summary = json.loads(line)
@@ -91,6 +92,9 @@ def test_a_run_leaves_everything_about_it(trained: Path) -> None:
     assert metrics["test"]["accuracy"] == summary["test_accuracy"]
     low, high = metrics["test"]["accuracy_interval_95"]
     assert low <= summary["test_accuracy"] <= high
+    for split, probabilities in load_file(trained / "answers.safetensors").items():
+        assert probabilities.shape == (metrics[split]["n"], 2)
+        assert probabilities.sum(axis=1) == pytest.approx(1, abs=1e-5)
 
 
 def test_a_pipeline_answers_with_the_class_names_of_the_data(trained: Path) -> None:

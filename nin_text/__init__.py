@@ -80,6 +80,7 @@ class _RegisterAfterImport(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 for _target, _then in (
     ("transformers.models.auto.configuration_auto", "nin_text.configuration"),
     ("transformers.models.auto.modeling_auto", "nin_text.text"),
+    ("transformers.models.auto.modeling_auto", "nin_text.networks"),
 ):
     if _target in sys.modules:
         importlib.import_module(_then)

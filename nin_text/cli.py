@@ -49,11 +49,11 @@ def parse(cls: type[Options], description: str | None, examples: str) -> Options
     )
     add_options(parser, cls)
     options = parse_options(cls, parser.parse_args())
-    _set_up_logging(quiet=options.quiet, verbose=options.verbose)
+    set_up_logging(quiet=options.quiet, verbose=options.verbose)
     return options
 
 
-def _set_up_logging(*, quiet: bool, verbose: bool) -> None:
+def set_up_logging(*, quiet: bool, verbose: bool) -> None:
     """Our messages to standard error; those of the libraries underneath only if asked for."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     if quiet:
@@ -90,7 +90,7 @@ def run(work: Callable[[], dict[str, Any] | Iterator[dict[str, Any]]]) -> None:
         # Whoever read our output has seen enough; closing it again at exit must not fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except Exception as error:
-        message = _resource_message(error)
+        message = resource_message(error)
         if message is None:
             raise
         _fail(message)
@@ -98,7 +98,7 @@ def run(work: Callable[[], dict[str, Any] | Iterator[dict[str, Any]]]) -> None:
         sys.stdout = stdout
 
 
-def _resource_message(error: Exception) -> str | None:
+def resource_message(error: Exception) -> str | None:
     """One sentence if the machine lacks disk, permission or memory; None for anything else."""
     text = str(error)
     if any(sign in text for sign in DISK_FULL):

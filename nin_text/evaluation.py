@@ -114,6 +114,31 @@ def bootstrap_interval(
     return [float(value) for value in np.quantile(scores, [tail, 1 - tail])]
 
 
+def paired_difference(correct: np.ndarray, reference: np.ndarray) -> dict[str, Any]:
+    """Is one classifier more often right than another on the same examples?
+
+    Args:
+        correct, reference: (n,) bool, where each of the two is right.
+
+    Returns:
+        `difference` of the accuracies with a paired bootstrap `interval_95`, how often only one of
+        them was right, and the p-value of McNemar's exact test (McNemar 1947): that of a fair coin
+        for the examples on which they differ.
+    """
+    from scipy.stats import binomtest
+
+    difference = correct.astype(float) - reference.astype(float)
+    only_this, only_reference = int((difference > 0).sum()), int((difference < 0).sum())
+    differing = only_this + only_reference
+    return {
+        "difference": float(difference.mean()),
+        "interval_95": bootstrap_interval(lambda i: difference[i].mean(), len(difference)),
+        "only_this_right": only_this,
+        "only_reference_right": only_reference,
+        "mcnemar_p": float(binomtest(only_this, differing).pvalue) if differing else 1.0,
+    }
+
+
 def calibration_error(probabilities: np.ndarray, labels: np.ndarray) -> float:
     """Expected calibration error of the top class, 15 equal-width bins (Guo et al. 2017)."""
     confidence = probabilities.max(axis=1)

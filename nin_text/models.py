@@ -17,6 +17,7 @@ from transformers import (
 
 from nin_text.configuration import PRESETS, NiNTextConfig
 from nin_text.errors import UserError
+from nin_text.networks import NETWORKS, BaselineConfig, BaselineForSequenceClassification
 from nin_text.options import TrainOptions
 from nin_text.report import METRICS_FILE
 from nin_text.text import NiNTextForSequenceClassification
@@ -42,12 +43,12 @@ def build(
     Raises:
         UserError: if the model or tokenizer cannot be had.
     """
-    names = {
+    names: dict[str, Any] = {
         "num_labels": len(label_names),
         "id2label": dict(enumerate(label_names)),
         "label2id": {name: i for i, name in enumerate(label_names)},
     }
-    if options.model not in PRESETS:
+    if options.model not in PRESETS and options.model not in NETWORKS:
         return _from_outside(options.model, names)
     if options.tokenizer in KINDS:
         tokenizer: PreTrainedTokenizerBase = cached_tokenizer(
@@ -58,6 +59,10 @@ def build(
         )
     else:
         tokenizer = load_tokenizer(options.tokenizer)
+    names |= {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    if options.model in NETWORKS:
+        network = BaselineConfig(**NETWORKS[options.model], **names)
+        return BaselineForSequenceClassification(network), tokenizer
     overrides: dict[str, Any] = {
         "pooling": options.pooling,
         "word_dropout": options.word_dropout,
@@ -70,8 +75,6 @@ def build(
     }
     config = NiNTextConfig.from_preset(
         options.model,
-        vocab_size=len(tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
         **names,
         **{key: value for key, value in overrides.items() if value is not None},
     )
@@ -111,7 +114,7 @@ def _from_outside(
             name, config=config, ignore_mismatched_sizes=True, use_safetensors=True
         )
     except Exception as error:
-        raise UserError(_cannot_load(name, error)) from error
+        raise UserError(cannot_load(name, error)) from error
     tokenizer = load_tokenizer(name)
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None:
@@ -134,7 +137,7 @@ def load(folder: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
         model = AutoModelForSequenceClassification.from_pretrained(folder, use_safetensors=True)
     except Exception as error:
-        raise UserError(_cannot_load(folder, error)) from error
+        raise UserError(cannot_load(folder, error)) from error
     if model.config.problem_type not in (None, "single_label_classification"):
         raise UserError(
             f"{folder} is a model for {model.config.problem_type.replace('_', ' ')}; these scripts "
@@ -143,10 +146,11 @@ def load(folder: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return model.eval(), load_tokenizer(folder)
 
 
-def _cannot_load(name: str, error: Exception) -> str:
+def cannot_load(name: str, error: Exception) -> str:
     reason = " ".join(str(error).split())[:200] or type(error).__name__
+    ours = ", ".join([*PRESETS, *NETWORKS])
     return (
-        f"no model could be loaded from {name!r} ({reason}); give one of {', '.join(PRESETS)}, "
+        f"no model could be loaded from {name!r} ({reason}); give one of {ours}, "
         f"a model folder, or the id of a model on the Hugging Face hub"
     )
 

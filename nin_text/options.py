@@ -17,17 +17,40 @@ from typing import Any
 from nin_text.errors import UserError
 
 PRESET_NAMES = ("nin-text-paper", "nin-text-small", "nin-text-base")
+NETWORK_NAMES = ("kim-cnn", "dpcnn", "bilstm", "transformer")
+LINEAR_NAMES = ("tfidf-svm", "nb-logreg")
+FASTTEXT = "fasttext"
+# Transformers that a comparison can run with random weights, for their speed, with test accuracies
+# from the literature. Their configurations are the defaults of transformers for the model type.
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "distilbert-base": {
+        "model_type": "distilbert",
+        "cited": {
+            "imdb": (0.9282, "Sanh et al. 2019 (arXiv 1910.01108), table 2"),
+            "sst2": (0.913, "Sanh et al. 2019 (arXiv 1910.01108), table 1: validation split"),
+        },
+    },
+    "bert-base": {
+        "model_type": "bert",
+        "cited": {
+            "imdb": (0.9346, "Sanh et al. 2019 (arXiv 1910.01108), table 2"),
+            "sst2": (0.935, "Devlin et al. 2019 (arXiv 1810.04805), table 1: GLUE test"),
+        },
+    },
+}
+QUICK_LIMIT, QUICK_ROUNDS = 1000, 2
 
 MIN_BATCHES = 50
 PRECISIONS = ("auto", "bf16", "fp32")
 MODEL_HELP = "run folder, or the hub id of any sequence classifier"
 PRECISION_HELP = "bf16, fp32, or auto for bf16 where the processor multiplies it natively"
 
-# Options that only a NiN preset can honour.
+# Options that only a NiN preset can honour, and those that need a tokenizer of our choice.
 NIN_ONLY = (
-    "tokenizer vocab_size lowercase pooling word_dropout dropout class_weights label_smoothing "
-    "ngrams pretrain_epochs pretrain_learning_rate self_training_epochs"
+    "pooling word_dropout dropout class_weights label_smoothing ngrams pretrain_epochs "
+    "pretrain_learning_rate self_training_epochs"
 ).split()
+TOKENIZER_OPTIONS = "tokenizer vocab_size lowercase".split()
 
 # Lowest and highest value that each option may have.
 RANGES: dict[str, tuple[float, float]] = {
@@ -50,11 +73,29 @@ RANGES: dict[str, tuple[float, float]] = {
     "gradient_accumulation": (1, math.inf),
     "ema_decay": (0, 0.999999),
     "patience": (1, math.inf),
+    "rounds": (0, 1000),
+    "threads": (1, 1024),
     "seed": (0, 2**32 - 1),
 }
 
+# The stages that only NiN goes through, and averaged weights, which are tuned to it.
+_LABELS_ALONE: dict[str, Any] = {
+    "ema_decay": 0.0,
+    "ngrams": 0,
+    "pretrain_epochs": 0,
+    "self_training_epochs": 0,
+}
+_FROM_SCRATCH: dict[str, Any] = {
+    **_LABELS_ALONE,
+    "epochs": 6,
+    "learning_rate": 1e-3,
+    "weight_decay": 0.01,
+    "tokenizer": "word",
+}
+
 # What training does unless told otherwise, found on validation splits. The first entry applies to
-# every data set; a data set's own entry overrides it. "transformer" applies to models from outside.
+# every model. A data set's own entry overrides it for NiN presets; for other models, that of the
+# network's name or "fine-tuning" does.
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {
         "epochs": 8,
@@ -74,18 +115,19 @@ RECIPES: dict[str, dict[str, Any]] = {
         "pretrain_learning_rate": 2e-3,
         "self_training_epochs": 2,
     },
-    "transformer": {
+    "fine-tuning": {
+        **_LABELS_ALONE,
         "epochs": 3,
-        "learning_rate": 3e-5,
+        "learning_rate": 5e-5,
         "weight_decay": 0.01,
         "batch_size": 32,
-        "max_length": 256,
-        "ema_decay": 0.0,
+        "max_length": 512,
         "patience": 2,
-        "ngrams": 0,
-        "pretrain_epochs": 0,
-        "self_training_epochs": 0,
     },
+    "kim-cnn": _FROM_SCRATCH,
+    "dpcnn": _FROM_SCRATCH,
+    "bilstm": _FROM_SCRATCH,
+    "transformer": {**_FROM_SCRATCH, "learning_rate": 3e-4, "max_length": 512},
     "demo_reviews": {"epochs": 10},
     "demo_topics": {"epochs": 10},
     "imdb": {"pretrain_epochs": 2, "epochs": 2},
@@ -140,7 +182,8 @@ class TrainOptions(CommonOptions, DataOptions):
     """
 
     model: str = option(
-        f"preset ({', '.join(PRESET_NAMES)}), or the hub id or folder of any Hugging Face "
+        f"NiN preset ({', '.join(PRESET_NAMES)}); network to compare it with, also trained from "
+        f"scratch ({', '.join(NETWORK_NAMES)}); or the hub id or folder of any Hugging Face "
         f"sequence classifier, which is then fine-tuned by the same trainer",
         "nin-text-base",
     )
@@ -230,6 +273,52 @@ class PredictOptions(CommonOptions):
     )
 
 
+@dataclass
+class CompareOptions(CommonOptions, DataOptions):
+    """How systems are compared."""
+
+    models: list[str] = option(
+        f"systems to compare: NiN presets ({', '.join(PRESET_NAMES)}), networks from scratch "
+        f"({', '.join(NETWORK_NAMES)}), {', '.join((*LINEAR_NAMES, FASTTEXT))}, run folders of "
+        f"train_text.py, hub ids or folders of transformers, fine-tuned or, as frozen:ID, with a "
+        f"linear head; architecture:NAME ({', '.join(ARCHITECTURES)}) measures the speed of one "
+        f"with random weights",
+        ("nin-text-small", "nin-text-base", FASTTEXT, *LINEAR_NAMES, "kim-cnn"),
+        nargs="+",
+        metavar="SYSTEM",
+    )
+    reference: str | None = option(
+        "system that the others are tested against (default: nin-text-base if it is there, else "
+        "the first)",
+        metavar="SYSTEM",
+    )
+    curve: list[int] = option(
+        "also train on this many labelled examples in all, for a learning curve",
+        (),
+        nargs="+",
+        metavar="N",
+    )
+    rounds: int = option("rounds of timing (0: none); every system has its turn in each", 5)
+    threads: int | None = option("threads of each system (default: one for each core)")
+    unlabelled: bool = option("NiN also learns from unlabelled texts that the data set has", True)
+    precision: str = option(PRECISION_HELP, "auto", choices=PRECISIONS)
+    seed: int = option("seed of everything that is trained", 0)
+    output_dir: Path | None = option(
+        "folder of the comparison, which goes on where it was stopped (default: "
+        "comparisons/<dataset>-seed<seed>)"
+    )
+    overwrite: bool = option("start anew in an output folder that holds a comparison", False)
+    quick: bool = option(
+        f"about two minutes: {QUICK_LIMIT:,} examples of each split unless --limit says otherwise, "
+        f"{QUICK_ROUNDS} rounds",
+        False,
+    )
+
+    def arguments(self) -> dict[str, Any]:
+        """As of `DataOptions`, and whether `load_text_dataset` is to read unlabelled texts."""
+        return super().arguments() | {"unsupervised": self.unlabelled}
+
+
 def check(options: CommonOptions) -> None:
     """Refuse values that no run can have.
 
@@ -261,20 +350,23 @@ def with_recipe(options: TrainOptions, examples: int) -> TrainOptions:
         if options.ngrams == 0:
             recipe["pretrain_epochs"] = 0  # which predicts n-grams
     else:
-        _check_outside(options)
-        recipe |= RECIPES["transformer"]
+        _check_honoured(options)
+        recipe |= RECIPES[options.model if options.model in NETWORK_NAMES else "fine-tuning"]
     missing = {name: value for name, value in recipe.items() if getattr(options, name) is None}
     return dataclasses.replace(options, **missing)
 
 
-def _check_outside(options: TrainOptions) -> None:
-    """Refuse options that a model from outside would silently ignore."""
+def _check_honoured(options: TrainOptions) -> None:
+    """Refuse options that a model other than NiN would silently ignore."""
+    refused = dict.fromkeys(NIN_ONLY, f"NiN presets ({', '.join(PRESET_NAMES)})")
+    if options.model not in NETWORK_NAMES:
+        trained = ", ".join(PRESET_NAMES + NETWORK_NAMES)
+        refused |= dict.fromkeys(TOKENIZER_OPTIONS, f"NiN presets and networks ({trained})")
     for spec in dataclasses.fields(TrainOptions):
-        if spec.name in NIN_ONLY and getattr(options, spec.name) != spec.default:
+        if spec.name in refused and getattr(options, spec.name) != spec.default:
             flag = "--" + spec.name.replace("_", "-")
             raise UserError(
-                f"{flag} is for NiN presets ({', '.join(PRESET_NAMES)}); leave it out with "
-                f"--model {options.model}"
+                f"{flag} is for {refused[spec.name]}; leave it out with --model {options.model}"
             )
 
 
@@ -283,7 +375,9 @@ def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
     hints = typing.get_type_hints(cls)
     for spec in dataclasses.fields(cls):
         arguments = dict(spec.metadata)
-        kind = hints[spec.name] if "nargs" not in arguments else str
+        kind = hints[spec.name]
+        if "nargs" in arguments:
+            (kind,) = typing.get_args(kind)
         if isinstance(kind, types.UnionType):
             kind = next(part for part in kind.__args__ if part is not type(None))
         text = arguments.pop("help")
@@ -296,6 +390,8 @@ def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
         elif spec.default is None and "default" not in text:
             recipe = RECIPES["default"].get(spec.name, "unset")
             text += f" (default: {recipe}{', unless the recipe differs' * (recipe != 'unset')})"
+        elif isinstance(spec.default, tuple):
+            text += f" (default: {' '.join(spec.default) or 'none'})"
         elif spec.default is not None and kind is not bool:
             text += " (default: %(default)s)"
         if kind is bool:

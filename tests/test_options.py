@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ from nin_text.configuration import PRESETS
 from nin_text.data import KNOWN
 from nin_text.demo_data import LABELS
 from nin_text.errors import UserError
+from nin_text.networks import NETWORKS
 from nin_text.options import (
+    NETWORK_NAMES,
     PRESET_NAMES,
     RECIPES,
     EvaluateOptions,
@@ -64,7 +67,8 @@ def test_without_ngrams_there_is_nothing_to_pretrain_on(dataset: str) -> None:
 def test_unlabelled_texts_are_read_for_presets_alone() -> None:
     assert parse().arguments()["unsupervised"]
     assert not parse("--no-unlabelled").arguments()["unsupervised"]
-    assert not parse("--model", "some/model").arguments()["unsupervised"]
+    for other in ("some/model", *NETWORK_NAMES):
+        assert not parse("--model", other).arguments()["unsupervised"]
 
 
 def test_small_data_sets_get_smaller_batches() -> None:
@@ -73,18 +77,49 @@ def test_small_data_sets_get_smaller_batches() -> None:
     assert with_recipe(parse("--batch-size", "64"), 10).batch_size == 64
 
 
-def test_a_model_from_outside_gets_the_recipe_of_transformers() -> None:
+def test_a_model_from_outside_gets_the_recipe_of_fine_tuning() -> None:
     options = with_recipe(parse("--dataset", "imdb", "--model", "some/model"), 25_000)
-    assert options.learning_rate == RECIPES["transformer"]["learning_rate"]
-    assert options.epochs == RECIPES["transformer"]["epochs"]
+    for name, value in RECIPES["fine-tuning"].items():
+        assert getattr(options, name) == value
+
+
+@pytest.mark.parametrize("name", NETWORK_NAMES)
+def test_a_network_gets_its_own_recipe_whatever_the_data_set(name: str) -> None:
+    options = with_recipe(parse("--dataset", "imdb", "--model", name), 25_000)
+    for option, value in (RECIPES["default"] | RECIPES[name]).items():
+        assert getattr(options, option) == value
+    assert not options.ngrams and not options.pretrain_epochs and not options.self_training_epochs
 
 
 def test_recipes_name_options_data_sets_and_presets_that_exist() -> None:
     names = {spec.name for spec in dataclasses.fields(TrainOptions)}
     for recipe in RECIPES.values():
         assert set(recipe) <= names
-    assert set(RECIPES) - {"default", "transformer"} <= {*KNOWN, *LABELS}
+    assert set(RECIPES) - {"default", "fine-tuning", *NETWORK_NAMES} <= {*KNOWN, *LABELS}
     assert tuple(PRESETS) == PRESET_NAMES
+    assert tuple(NETWORKS) == NETWORK_NAMES
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "message"),
+    [
+        ("kim-cnn", ["--dropout", "0.1"], "--dropout is for NiN presets (nin-text-paper, "),
+        ("kim-cnn", ["--ngrams", "2"], "leave it out with --model kim-cnn"),
+        ("some/model", ["--dropout", "0.1"], "nin-text-base); leave it out with"),
+        ("some/model", ["--no-lowercase"], "transformer); leave it out with --model some/model"),
+    ],
+)
+def test_options_that_a_model_would_ignore_are_refused(
+    model: str, arguments: list[str], message: str
+) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        with_recipe(parse("--model", model, *arguments), 1000)
+
+
+def test_a_network_takes_the_options_of_the_tokenizer() -> None:
+    arguments = ("--tokenizer", "bpe", "--vocab-size", "500", "--no-lowercase")
+    options = with_recipe(parse("--model", "kim-cnn", *arguments), 1000)
+    assert (options.tokenizer, options.vocab_size, options.lowercase) == ("bpe", 500, False)
 
 
 def test_every_option_has_a_help_text_with_its_default() -> None:

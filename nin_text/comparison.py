@@ -1,0 +1,512 @@
+"""Compare systems on one data set: quality, whether differences are real, cost and speed.
+
+Every system is fitted in a process of its own, whose files, answers and costs are kept in the
+output folder as soon as they are there; a comparison that was stopped goes on with what is missing.
+Then one process for each system is started, and all are timed in turn, round by round.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import os
+import re
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from nin_text import processes, report
+from nin_text.baselines import count_tokens
+from nin_text.comparison_report import print_table, to_html, to_markdown
+from nin_text.data import SPLIT_SEED, Split, TextDataset
+from nin_text.errors import UserError
+from nin_text.evaluation import classification_metrics, paired_difference
+from nin_text.ngrams import best_scales
+from nin_text.options import ARCHITECTURES, QUICK_LIMIT, QUICK_ROUNDS, CompareOptions, check
+
+logger = logging.getLogger(__name__)
+
+OPTIONS_FILE = "comparison_options.json"
+SYSTEM_FILE = "system.json"  # written last: a system without it is fitted again
+ANSWERS_FILE = "answers.safetensors"
+LENGTH_BINS = 5
+SMALLEST_CURVE = 20
+LEAST_PROBABILITY = 1e-7
+THREADS = {"linear": 1, "fasttext": 12}  # of training, where the system decides itself
+
+
+def with_quick(options: CompareOptions) -> CompareOptions:
+    """A copy in which --quick has set what it stands for."""
+    if not options.quick:
+        return options
+    return replace(options, limit=options.limit or QUICK_LIMIT, rounds=QUICK_ROUNDS)
+
+
+def compare_text(options: CompareOptions, dataset: TextDataset) -> dict[str, Any]:
+    """Compare systems, and leave comparison.json, comparison.md and comparison.html.
+
+    Args:
+        options: see `CompareOptions`; `with_quick` has been applied.
+        dataset: loaded with these options.
+
+    Returns:
+        A summary: the folder, and accuracy and speed of each system.
+
+    Raises:
+        UserError: whatever the user can mend, in one sentence; also, after everything else is
+            done and written, if a system failed.
+    """
+    check(options)
+    names = system_names(options.models)
+    _check_options(options, names, dataset)
+    threads = options.threads or len(os.sched_getaffinity(0))
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # read when the processes below start
+    folder = options.output_dir or Path("comparisons") / _slug(
+        f"{Path(options.dataset).name}-seed{options.seed}"
+    )
+    _open_folder(folder, options, dataset)
+    records: dict[str, dict[str, Any]] = {}
+    try:
+        for i, (name, spec) in enumerate(names.items(), start=1):
+            logger.info("[%d of %d] %s", i, len(names), name)
+            records[name] = _fitted(folder / "systems" / name, spec, options, dataset)
+        ready = {name: names[name] for name in names if not records[name].get("error")}
+        speeds = _timed(folder, ready, options, dataset) if options.rounds and ready else {}
+    except KeyboardInterrupt:
+        logger.error("stopped; the same command goes on with what is missing")
+        raise
+    comparison = _assemble(folder, options, dataset, records, speeds)
+    report.write_json(folder / "comparison.json", comparison)
+    for file, text in (("md", to_markdown(comparison)), ("html", to_html(comparison))):
+        (folder / f"comparison.{file}").write_text(text, encoding="utf-8", errors="replace")
+    if not options.quiet:
+        print_table(comparison)
+    logger.info("the comparison is in %s: open comparison.html", folder)
+    failed = [f"{name} ({entry['error']})" for name, entry in records.items() if entry.get("error")]
+    if failed:
+        raise UserError(
+            f"{len(failed)} of {len(records)} systems failed: {'; '.join(failed)}. The others are "
+            f"in {folder}; the same command tries the failed ones again"
+        )
+    return _summary(comparison, folder)
+
+
+# ---- names and folders -------------------------------------------------------------------------
+
+
+def system_names(specs: Sequence[str]) -> dict[str, str]:
+    """A short, distinct name, fit for a folder, for each system.
+
+    Raises:
+        UserError: if a system is named twice.
+    """
+    names: dict[str, str] = {}
+    for spec in specs:
+        if spec in names.values():
+            raise UserError(f"--models names {spec} twice")
+        prefix, _, rest = spec.rpartition(":")
+        short = _slug("-".join(filter(None, (prefix, Path(rest).name or rest)))) or "system"
+        name, n = short, 2
+        while name in names:
+            name, n = f"{short}-{n}", n + 1
+        names[name] = spec
+    return names
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^\w.-]+", "_", text).strip("._-")
+
+
+def _check_options(options: CompareOptions, names: dict[str, str], dataset: TextDataset) -> None:
+    from nin_text.systems import create
+
+    if options.reference is not None and options.reference not in (*names, *names.values()):
+        raise UserError(
+            f"--reference {options.reference} is not among the systems: {', '.join(names)}"
+        )
+    for spec in names.values():
+        create(spec, options)
+    labelled = len(dataset.splits["train"]) + len(dataset.splits["validation"])
+    for size in options.curve:
+        if not SMALLEST_CURVE <= size <= labelled:
+            raise UserError(
+                f"--curve must name numbers between {SMALLEST_CURVE} and the {labelled:,} labelled "
+                f"examples that there are, not {size}"
+            )
+
+
+def _open_folder(folder: Path, options: CompareOptions, dataset: TextDataset) -> None:
+    """Make the output folder; refuse one that holds a comparison of something else."""
+    decisive = {
+        "dataset": options.dataset,
+        "data_fingerprint": dataset.fingerprint(),
+        "limit": options.limit,
+        "unlabelled": options.unlabelled,
+        "precision": options.precision,
+        "seed": options.seed,
+    }
+    path = folder / OPTIONS_FILE
+    if options.overwrite:
+        shutil.rmtree(folder / "systems", ignore_errors=True)
+    elif path.is_file():
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+            differing = [name for name, value in decisive.items() if before[name] != value]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is damaged; give --overwrite to start anew") from error
+        if differing:
+            what = differing[0]
+            raise UserError(
+                f"the comparison in {folder} has {what.replace('_', ' ')} {before[what]}, not "
+                f"{decisive[what]}; give another --output-dir, or --overwrite to start anew"
+            )
+    (folder / "systems").mkdir(parents=True, exist_ok=True)
+    report.write_json(path, decisive)
+
+
+# ---- fitting -----------------------------------------------------------------------------------
+
+
+def _fitted(
+    folder: Path, spec: str, options: CompareOptions, dataset: TextDataset
+) -> dict[str, Any]:
+    """The record of a system, fitted now unless it has been before."""
+    path = folder / SYSTEM_FILE
+    record: dict[str, Any] = {}
+    if path.is_file():
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record["spec"] == spec and not _changed(record):
+            logger.info("fitted before: %s", folder)
+        else:
+            record = {}
+            path.unlink()
+    if not record:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            record = processes.call(_fit, spec, folder, options, dataset)
+        except UserError as error:
+            logger.error("%s failed: %s", spec, error)
+            return {"error": str(error), "spec": spec}
+        report.write_json(path, record)
+    if record["kind"] != "architecture" and "run_modified" not in record:
+        for size in options.curve:
+            _curve_point(folder, spec, size, options, dataset)
+    return record
+
+
+def _changed(record: dict[str, Any]) -> bool:
+    """Whether a saved run was trained again since it was scored."""
+    return "run_modified" in record and record["run_modified"] != _modified(record["spec"])
+
+
+def _modified(spec: str) -> float:
+    try:
+        return (Path(spec) / report.METRICS_FILE).stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _curve_point(
+    folder: Path, spec: str, size: int, options: CompareOptions, dataset: TextDataset
+) -> None:
+    path = folder / f"curve-{size}.json"
+    if path.is_file():
+        return
+    logger.info("%s on %s labelled examples", folder.name, f"{size:,}")
+    part = folder / f"curve-{size}"
+    part.mkdir(exist_ok=True)
+    try:
+        record = processes.call(_fit, spec, part, options, reduced(dataset, size))
+    except UserError as error:
+        logger.error("%s failed on %d examples: %s", spec, size, error)
+        return
+    truth = np.array(dataset.splits["test"].labels)
+    answers = load_file(part / ANSWERS_FILE)["test"]
+    accuracy = float((answers.argmax(axis=1) == truth).mean())
+    point = {"examples": size, "accuracy": accuracy, "train_seconds": record["train_seconds"]}
+    report.write_json(path, point)
+    shutil.rmtree(part)
+
+
+def reduced(dataset: TextDataset, size: int) -> TextDataset:
+    """The data set with `size` labelled examples in all, and the whole test split.
+
+    Training and validation split keep their shares; smaller sizes are parts of larger ones.
+    """
+    splits = dict(dataset.splits)
+    labelled = len(splits["train"]) + len(splits["validation"])
+    held_out = max(1, round(size * len(splits["validation"]) / labelled))
+    for split, kept in (("validation", held_out), ("train", size - held_out)):
+        splits[split] = _take(splits[split], kept)
+    return replace(dataset, splits=splits)
+
+
+def _take(split: Split, size: int) -> Split:
+    """`size` examples by a fixed order that puts one of each class in front."""
+    order = np.random.default_rng(SPLIT_SEED).permutation(len(split))
+    labels = np.asarray(split.labels)[order]
+    _, first = np.unique(labels, return_index=True)
+    order = np.concatenate([order[first], np.delete(order, first)])
+    return split.take(order[:size].tolist())
+
+
+def _fit(
+    spec: str, folder: Path, options: CompareOptions, dataset: TextDataset, connection: Connection
+) -> dict[str, Any]:
+    """Fit one system, leave its answers, and tell what it cost; runs in a process of its own."""
+    import torch
+
+    from nin_text.systems import SavedRun, create
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    system = create(spec, options)
+    clock = time.perf_counter()
+    fit = system.fit(dataset, folder)
+    record = {
+        "spec": spec,
+        "kind": system.kind,
+        "description": system.description,
+        "settings": fit.settings,
+        "train_seconds": round(time.perf_counter() - clock, 2),
+        "train_threads": THREADS.get(system.kind, torch.get_num_threads()),
+        "train_peak_memory_mb": round(report.peak_memory_mb(), 1),
+        **(fit.record or {}),
+    }
+    system.load(folder)
+    if system.kind == "architecture":
+        record |= {"train_seconds": None, "train_threads": None, "train_peak_memory_mb": None}
+    else:
+        answers = {}
+        for split, known in (("validation", fit.validation), ("test", fit.test)):
+            if known is None:
+                logger.info("answering %s texts", f"{len(dataset.splits[split]):,}")
+                known = system.probabilities(dataset.splits[split].texts)
+            answers[split] = np.ascontiguousarray(known, dtype=np.float32)
+        save_file(answers, folder / ANSWERS_FILE)
+    files = system.files(folder)
+    record["bytes_on_disk"] = sum(file.stat().st_size for file in files) if files else None
+    if isinstance(system, SavedRun):
+        record["run_modified"] = _modified(spec)
+    return record
+
+
+# ---- timing ------------------------------------------------------------------------------------
+
+
+def _timed(
+    folder: Path, names: dict[str, str], options: CompareOptions, dataset: TextDataset
+) -> dict[str, dict[str, Any]]:
+    """Speed, cost and memory of every system that can be loaded, all processes alive at once."""
+    texts = dataset.splits["test"].texts
+    started, speeds = {}, {}
+    try:
+        for name, spec in names.items():
+            place = folder / "systems" / name
+            started[name] = processes.start(_answer_rounds, spec, place, options, texts)
+            logger.info("warming up %s", name)
+            speeds[name] = started[name].receive()
+        for turn in range(options.rounds):
+            logger.info("timing, round %d of %d", turn + 1, options.rounds)
+            order = list(started)
+            first = turn % len(order)
+            for name in order[first:] + order[:first]:  # each is first once in a while
+                started[name].send("round")
+                started[name].receive()
+        for name, child in started.items():
+            child.send("summary")
+            speeds[name] |= child.receive()
+            child.join()
+    finally:
+        for child in started.values():
+            child.kill()
+    return speeds
+
+
+def _answer_rounds(
+    spec: str, folder: Path, options: CompareOptions, texts: list[str], connection: Connection
+) -> dict[str, Any]:
+    """Load a system and time it whenever asked; runs in a process of its own."""
+    import torch
+
+    from nin_text import benchmark
+    from nin_text.systems import create
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    system = create(spec, options)
+    system.load(folder)
+    sample = benchmark.Sample.of(texts)
+    connection.send(("result", benchmark.warm_up(system, sample)))
+    rounds = []
+    while connection.recv() == "round":
+        rounds.append(benchmark.time_round(system, sample))
+        connection.send(("result", None))
+    speed = benchmark.summarize(rounds, sample)
+    return {"speed": speed | {"peak_memory_mb": round(report.peak_memory_mb(), 1)}}
+
+
+# ---- the comparison ----------------------------------------------------------------------------
+
+
+def _assemble(
+    folder: Path,
+    options: CompareOptions,
+    dataset: TextDataset,
+    records: dict[str, dict[str, Any]],
+    speeds: dict[str, dict[str, Any]],
+) -> dict[str, Any]:
+    """Everything that there is to say, as `comparison_report` expects it."""
+    import torch
+
+    from nin_text import benchmark
+    from nin_text.device import pick_device, use_bf16
+
+    device = pick_device(options.device)
+    tested = {
+        name: _judge(folder / "systems" / name, dataset)
+        for name, record in records.items()
+        if not record.get("error") and record["kind"] != "architecture"
+    }
+    reference = _reference(options, records, tested)
+    entries = []
+    for name, record in records.items():
+        entry = _entry(name, record, options.dataset) | speeds.get(name, {})
+        entry["curve"] = _curve(folder / "systems" / name, options)
+        if name in tested:
+            judged, correct = tested[name]
+            entry |= judged
+            if reference != name:
+                entry["versus_reference"] = paired_difference(correct, tested[reference][1])
+        entries.append(entry)
+    sample = benchmark.Sample.of(dataset.splits["test"].texts)
+    threads = int(os.environ["OMP_NUM_THREADS"])
+    return {
+        "dataset": options.dataset,
+        "data_source": dataset.source,
+        "data_fingerprint": dataset.fingerprint(),
+        "label_names": dataset.label_names,
+        **{f"{split}_examples": len(dataset.splits[split]) for split in ("train", "validation")},
+        "test_examples": len(dataset.splits["test"]),
+        "notes": [*dataset.notes, *_notes(dataset)],
+        "command": report.command(),
+        "environment": report.environment(device) | {"threads": threads},
+        "reference": reference,
+        "seed": options.seed,
+        "precision": "bf16" if use_bf16(options.precision, torch.device(device)) else "fp32",
+        "timing": {
+            "rounds": options.rounds,
+            "threads": threads,
+            "documents": len(sample.texts),
+            "mean_tokens": float(sample.tokens.mean()),
+            "left_out": benchmark.LEFT_OUT,
+        }
+        if speeds
+        else None,
+        "systems": entries,
+    }
+
+
+def _reference(
+    options: CompareOptions, records: dict[str, dict[str, Any]], tested: dict[str, Any]
+) -> str:
+    """Name of the system that others are tested against."""
+    wanted = options.reference or "nin-text-base"
+    for name, record in records.items():
+        if wanted in (name, record["spec"]) and name in tested:
+            return name
+    return next(iter(tested), "")
+
+
+def _judge(folder: Path, dataset: TextDataset) -> tuple[dict[str, Any], np.ndarray]:
+    """Quality of a system's answers, and (n,) where it was right."""
+    answers = load_file(folder / ANSWERS_FILE)
+    logits = {name: np.log(np.maximum(p, LEAST_PROBABILITY)) for name, p in answers.items()}
+    validation, test = dataset.splits["validation"], dataset.splits["test"]
+    # One temperature for each system (Guo et al. 2017), so that log loss and calibration error
+    # compare what a system knows, not whether its makers have thought of scaling.
+    (scale,) = best_scales([logits["validation"]], np.array(validation.labels))
+    truth = np.array(test.labels)
+    correct = answers["test"].argmax(axis=1) == truth
+    right = answers["validation"].argmax(axis=1) == np.array(validation.labels)
+    judged = {
+        "test": classification_metrics(scale * logits["test"], test.labels, dataset.label_names),
+        "validation": {"accuracy": float(right.mean())},
+        "temperature": float(1 / scale),
+        "by_length": _by_length(count_tokens(test.texts), correct),
+    }
+    return judged, correct
+
+
+def _by_length(lengths: np.ndarray, correct: np.ndarray) -> list[dict[str, Any]]:
+    """Accuracy in bins of about as many texts each, by tokens of the text."""
+    starts = np.quantile(lengths, np.linspace(0, 1, LENGTH_BINS, endpoint=False)).astype(int)
+    edges = np.unique([*starts, lengths.max() + 1])
+    bins = []
+    for low, high in itertools.pairwise(edges):
+        inside = (lengths >= low) & (lengths < high)
+        if inside.any():
+            accuracy = float(correct[inside].mean())
+            n = int(inside.sum())
+            bins.append({"from": int(low), "to": int(high) - 1, "n": n, "accuracy": accuracy})
+    return bins
+
+
+def _entry(name: str, record: dict[str, Any], dataset: str) -> dict[str, Any]:
+    """A system's entry before anything is known of its quality or speed."""
+    empty = (
+        "kind description settings cited test validation versus_reference parameters "
+        "macs_per_token bytes_on_disk train_seconds train_threads train_peak_memory_mb speed error"
+    ).split()
+    entry = {key: record.get(key) for key in empty} | {"name": name, "by_length": []}
+    if record.get("error"):
+        return entry | {"kind": "network", "description": "", "settings": {}}
+    if record["kind"] == "architecture":
+        cited = ARCHITECTURES[record["spec"].partition(":")[2]]["cited"].get(dataset)
+        if cited is not None:
+            entry["cited"] = {"accuracy": cited[0], "source": cited[1]}
+    return entry
+
+
+def _curve(folder: Path, options: CompareOptions) -> list[dict[str, Any]]:
+    points = [folder / f"curve-{size}.json" for size in sorted(set(options.curve))]
+    return [json.loads(path.read_text(encoding="utf-8")) for path in points if path.is_file()]
+
+
+def _notes(dataset: TextDataset) -> list[str]:
+    notes = [
+        "every system was trained once: intervals tell how much the test split's size matters, "
+        "not how much another seed would",
+        "log loss and calibration error are those after temperature scaling on the validation "
+        "split, for every system",
+        "tokens are words and punctuation marks, counted alike for every system",
+        "linear models use one thread, and so does fastText when it answers; it trains with 12",
+    ]
+    if "unsupervised" in dataset.splits:
+        texts = len(dataset.splits["unsupervised"])
+        notes.append(f"NiN presets also learn from {texts:,} unlabelled texts; the others cannot")
+    return notes
+
+
+def _summary(comparison: dict[str, Any], folder: Path) -> dict[str, Any]:
+    systems = {
+        entry["name"]: {
+            "test_accuracy": entry["test"] and entry["test"]["accuracy"],
+            "train_seconds": entry["train_seconds"],
+            "documents_per_second": entry["speed"]
+            and round(entry["speed"]["best"]["documents_per_second"], 1),
+        }
+        for entry in comparison["systems"]
+    }
+    return {
+        "dataset": comparison["dataset"],
+        "reference": comparison["reference"],
+        "systems": systems,
+        "output_dir": str(folder),
+    }

@@ -1,0 +1,129 @@
+"""Work in processes of its own, which end with the one that started them."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from typing import Any
+
+from nin_text import cli
+from nin_text.errors import UserError
+from nin_text.options import CommonOptions
+
+logger = logging.getLogger(__name__)
+
+JOIN_SECONDS = 10
+
+
+@dataclass
+class Child:
+    """A running process, and the connection to it."""
+
+    process: SpawnProcess
+    connection: Connection
+
+    def send(self, value: Any) -> None:
+        """Hand a value to the work, which receives it from its connection.
+
+        Raises:
+            UserError: if the process has died.
+        """
+        try:
+            self.connection.send(value)
+        except OSError as error:
+            raise self._dead() from error
+
+    def receive(self) -> Any:
+        """What the work has sent or returned.
+
+        Raises:
+            UserError: as the work did; also if it failed in another way or the process died.
+        """
+        try:
+            kind, value = self.connection.recv()
+        except (EOFError, OSError) as error:
+            raise self._dead() from error
+        if kind == "error":
+            raise UserError(value)
+        return value
+
+    def _dead(self) -> UserError:
+        self.process.join(JOIN_SECONDS)
+        return UserError(
+            f"its process died (exit code {self.process.exitcode}), for want of memory perhaps"
+        )
+
+    def join(self) -> None:
+        """Wait for the end of a process that has nothing left to do."""
+        self.process.join(JOIN_SECONDS)
+
+    def kill(self) -> None:
+        """End it, whatever it is doing."""
+        self.process.kill()
+        self.connection.close()
+
+
+def call(work: Callable[..., Any], *arguments: Any) -> Any:
+    """What `work(*arguments, connection)` returns, computed in a process of its own.
+
+    Args:
+        work: a function of a module; its memory is measured alone.
+        arguments: one of them the options, which set up logging.
+
+    Raises:
+        UserError: see `Child.receive`.
+    """
+    child = start(work, *arguments)
+    try:
+        result = child.receive()
+        child.join()
+        return result
+    finally:
+        child.kill()
+
+
+def start(work: Callable[..., Any], *arguments: Any) -> Child:
+    """Start `work(*arguments, connection)` in another process; `Child.receive` has its result."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_run, args=(work, there, *arguments))
+    # Ctrl-C reaches the children as well. They ignore it from their first moment: it is this
+    # process that ends them.
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        process.start()
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    there.close()
+    return Child(process, here)
+
+
+def _run(work: Callable[..., Any], connection: Connection, *arguments: Any) -> None:
+    """What the process does."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    options = next(value for value in arguments if isinstance(value, CommonOptions))
+    cli.set_up_logging(quiet=options.quiet, verbose=options.verbose)
+    try:
+        connection.send(("result", work(*arguments, connection)))
+    except UserError as error:
+        connection.send(("error", str(error)))
+    except Exception as error:
+        if options.verbose:
+            logger.exception("the work failed")
+        message = cli.resource_message(error) or f"{type(error).__name__}: {error}"
+        connection.send(("error", " ".join(message.split())[:300]))
+
+
+def _end_with_parent() -> None:
+    """A process whose parent was killed must not go on behind the back of the next one."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

@@ -1,0 +1,390 @@
+"""Ways to classify texts, NiN among them, behind one interface: fit, load, probabilities.
+
+Networks are here, linear models and fastText in `baselines.py`. `create` turns what a user names (a
+preset, a baseline, a model on the hub, a saved run) into a `System`. Its `fit` tunes on the
+validation split and leaves files in a folder; `load` reads them in another process; `probabilities`
+answers. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
+from sklearn.linear_model import LogisticRegression
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+
+from nin_text import models
+from nin_text.baselines import FastText, Fit, LinearNGrams, choose, joined, weights_of
+from nin_text.data import TextDataset
+from nin_text.device import keep_freed_memory, pick_device, use_bf16
+from nin_text.errors import UserError
+from nin_text.evaluation import pad, predict_logits, softmax
+from nin_text.options import (
+    ARCHITECTURES,
+    FASTTEXT,
+    LINEAR_NAMES,
+    NETWORK_NAMES,
+    PRESET_NAMES,
+    CompareOptions,
+    TrainOptions,
+)
+from nin_text.report import METRICS_FILE, write_json
+from nin_text.runs import ANSWERS_FILE, train_text
+from nin_text.tokenization import cached_tokenizer, encode, load_tokenizer
+
+BATCH_TOKENS = (4_096, 16_384, 65_536)  # what a network may put into one batch, padding included
+
+
+class System(Protocol):
+    """One way to classify texts.
+
+    Attributes:
+        kind: "nin", "network", "fine-tuned", "frozen", "linear", "fasttext" or "architecture".
+        description: what it is and how it is tuned, for readers of a comparison.
+    """
+
+    kind: str
+    description: str
+
+    def fit(self, dataset: TextDataset, folder: Path) -> Fit:
+        """Tune and train on the splits, and leave in the folder what `load` needs."""
+
+    def load(self, folder: Path) -> None:
+        """Make ready to answer, from what `fit` left."""
+
+    def probabilities(self, texts: Sequence[str]) -> np.ndarray:
+        """(n, K) class probabilities."""
+
+    def cost(self, texts: Sequence[str]) -> dict[str, float]:
+        """`parameters`, and `macs`: multiply-accumulate operations spent on these texts."""
+
+    def files(self, folder: Path) -> list[Path]:
+        """The files that make up the trained system, for its size on disk."""
+
+
+def create(spec: str, options: CompareOptions) -> System:
+    """The system that a user named.
+
+    Raises:
+        UserError: if there is no such system.
+    """
+    if spec in LINEAR_NAMES:
+        return LinearNGrams(spec)
+    if spec == FASTTEXT:
+        return FastText(options.seed)
+    if spec.startswith("frozen:"):
+        return FrozenEncoder(spec.removeprefix("frozen:"), options)
+    if spec.startswith("architecture:"):
+        return Architecture(spec.removeprefix("architecture:"), options)
+    if (Path(spec) / METRICS_FILE).is_file():
+        return SavedRun(spec, options)
+    if not spec:
+        raise UserError("--models has an empty name")
+    known = spec in PRESET_NAMES or spec in NETWORK_NAMES
+    if not known and not Path(spec).is_dir() and spec.count("/") != 1:
+        names = ", ".join([*PRESET_NAMES, *NETWORK_NAMES, *LINEAR_NAMES, FASTTEXT])
+        raise UserError(
+            f"there is no system {spec!r}: it is not one of {names}, not a folder, not a hub id "
+            f"(owner/name), not frozen:<id or folder>, and not architecture:<one of "
+            f"{', '.join(ARCHITECTURES)}>"
+        )
+    return TrainedNetwork(spec, options)
+
+
+# ---- networks ----------------------------------------------------------------------------------
+
+
+class _Network:
+    """Any sequence classifier of transformers, ours included, with its tokenizer."""
+
+    kind = "network"
+    description = ""
+
+    def __init__(self, options: CompareOptions) -> None:
+        self.options = options
+        self.batch_tokens = BATCH_TOKENS[1]
+        self.max_length: int | None = None
+
+    def load(self, folder: Path) -> None:
+        model, tokenizer = models.load(str(folder))
+        self.max_length = models.trained_max_length(str(folder))
+        self._use(model, tokenizer)
+
+    def _use(self, model: Any, tokenizer: Any) -> None:
+        keep_freed_memory()
+        device = pick_device(self.options.device)
+        self.model, self.tokenizer = model.to(device).eval(), tokenizer
+        bf16 = use_bf16(self.options.precision, device)
+        self.autocast = torch.bfloat16 if bf16 else None
+
+    def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return encode(self.tokenizer, texts, self.max_length)
+
+    def _logits(self, texts: Sequence[str]) -> np.ndarray:
+        return predict_logits(
+            self.model,
+            self._encode(texts),
+            pad_token_id=self.tokenizer.pad_token_id or 0,
+            batch_tokens=self.batch_tokens,
+            autocast=self.autocast,
+        )
+
+    def probabilities(self, texts: Sequence[str]) -> np.ndarray:
+        return softmax(self._logits(texts))
+
+    def cost(self, texts: Sequence[str]) -> dict[str, float]:
+        return network_cost(self.model, self._encode(texts), self.tokenizer.pad_token_id or 0)
+
+    def files(self, folder: Path) -> list[Path]:
+        names = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+        return [folder / name for name in names]
+
+
+class TrainedNetwork(_Network):
+    """A preset, a network from scratch or a model from outside, trained by `train_text`."""
+
+    def __init__(self, spec: str, options: CompareOptions) -> None:
+        super().__init__(options)
+        self.spec = spec
+        if spec in PRESET_NAMES:
+            self.kind = "nin"
+            self.description = (
+                "Network in Network with n-gram evidence, trained with its recipe for this data "
+                "set; the best pass by validation accuracy is kept."
+            )
+        elif spec in NETWORK_NAMES:
+            self.description = (
+                "Trained from scratch by the same trainer as NiN with its own recipe; the best "
+                "pass by validation accuracy is kept."
+            )
+        else:
+            self.kind = "fine-tuned"
+            self.description = (
+                "Pretrained on text from outside and fine-tuned whole by the same trainer as NiN; "
+                "the best pass by validation accuracy is kept."
+            )
+
+    def fit(self, dataset: TextDataset, folder: Path) -> Fit:
+        options = TrainOptions(
+            model=self.spec,
+            dataset=self.options.dataset,
+            unlabelled=self.options.unlabelled,
+            precision=self.options.precision,
+            device=self.options.device,
+            seed=self.options.seed,
+            output_dir=folder,
+            resume=True,
+        )
+        train_text(options, dataset)
+        return _run_fit(folder)
+
+
+class SavedRun(_Network):
+    """A run folder that `train_text` left earlier, wherever it is."""
+
+    def __init__(self, spec: str, options: CompareOptions) -> None:
+        super().__init__(options)
+        self.folder = Path(spec)
+        metrics = json.loads((self.folder / METRICS_FILE).read_text(encoding="utf-8"))
+        named = TrainedNetwork(metrics["model"], options)
+        self.kind = named.kind
+        self.description = f"{named.description} Trained before: {metrics['command']}"
+
+    def fit(self, dataset: TextDataset, folder: Path) -> Fit:
+        metrics = json.loads((self.folder / METRICS_FILE).read_text(encoding="utf-8"))
+        if metrics["label_names"] != dataset.label_names:
+            raise UserError(
+                f"{self.folder} knows the classes {', '.join(metrics['label_names'][:10])}, not "
+                f"those of {dataset.name}: {', '.join(dataset.label_names[:10])}"
+            )
+        fit = _run_fit(self.folder)
+        without = {name: part for name, part in dataset.splits.items() if name != "unsupervised"}
+        alone = TextDataset(dataset.name, dataset.source, dataset.label_names, without)
+        if metrics["data_fingerprint"] not in (dataset.fingerprint(), alone.fingerprint()):
+            fit.validation = fit.test = None  # of other texts
+            fit.settings["warning"] = (
+                "trained on other data than this comparison's: its training texts may be among "
+                "the test texts"
+            )
+        return fit
+
+    def load(self, folder: Path) -> None:
+        super().load(self.folder)
+
+    def files(self, folder: Path) -> list[Path]:
+        return super().files(self.folder)
+
+
+def _run_fit(folder: Path) -> Fit:
+    """What a finished run tells about itself."""
+    metrics = json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))
+    names = "max_length epochs learning_rate weight_decay batch_size".split()
+    if metrics["model"] in (*PRESET_NAMES, *NETWORK_NAMES):
+        names += ["tokenizer", "vocab_size"]
+    if metrics["model"] in PRESET_NAMES:
+        names += "ngrams pretrain_epochs self_training_epochs dropout unlabelled".split()
+    settings = {name: metrics["options"].get(name) for name in names}
+    settings |= {name: metrics[name] for name in ("epochs_run", "best_epoch")}
+    record = {
+        "train_seconds": metrics["total_seconds"],
+        "train_threads": metrics["environment"]["threads"],
+        "train_peak_memory_mb": metrics["peak_memory_mb"],
+    }
+    answers = load_file(folder / ANSWERS_FILE) if (folder / ANSWERS_FILE).is_file() else {}
+    return Fit(settings, answers.get("validation"), answers.get("test"), record)
+
+
+class Architecture(_Network):
+    """A transformer whose weights are not to be had: random ones, for its speed and memory."""
+
+    kind = "architecture"
+
+    def __init__(self, name: str, options: CompareOptions) -> None:
+        super().__init__(options)
+        if name not in ARCHITECTURES:
+            raise UserError(
+                f"there is no architecture {name!r}; there are {', '.join(ARCHITECTURES)}"
+            )
+        self.name = name
+        self.description = (
+            "Random weights and a tokenizer trained on the training split, for speed and memory "
+            "alone; an accuracy beside it is cited from the literature."
+        )
+
+    def fit(self, dataset: TextDataset, folder: Path) -> Fit:
+        tokenizer = cached_tokenizer(
+            dataset.splits["train"].texts, kind="wordpiece", vocab_size=30_000, lowercase=True
+        )
+        tokenizer.save_pretrained(folder)
+        settings = {
+            "model_type": ARCHITECTURES[self.name]["model_type"],
+            "num_labels": len(dataset.label_names),
+        }
+        write_json(folder / "architecture.json", settings)
+        return Fit(settings)
+
+    def load(self, folder: Path) -> None:
+        # The defaults of these configurations are the published base models.
+        settings = json.loads((folder / "architecture.json").read_text(encoding="utf-8"))
+        config = AutoConfig.for_model(**settings)
+        self.max_length = int(config.max_position_embeddings)
+        model = AutoModelForSequenceClassification.from_config(config)
+        self._use(model, load_tokenizer(str(folder)))
+
+    def files(self, folder: Path) -> list[Path]:
+        return []
+
+
+class FrozenEncoder(_Network):
+    """A pretrained encoder that stays as it is, mean-pooled, with logistic regression on top."""
+
+    kind = "frozen"
+    candidates = (0.1, 1.0, 10.0, 100.0)  # of C
+    description = (
+        "A pretrained encoder left as it is: the mean of its last layer, scaled to unit length, "
+        "and logistic regression whose C is chosen on the validation split; fitted again to "
+        "training and validation split."
+    )
+
+    def __init__(self, name: str, options: CompareOptions) -> None:
+        super().__init__(options)
+        self.name = name
+
+    def fit(self, dataset: TextDataset, folder: Path) -> Fit:
+        self._load_encoder()
+        x = {part: self._features(dataset.splits[part].texts) for part in ("train", "validation")}
+        train, validation = dataset.splits["train"], dataset.splits["validation"]
+
+        def train_head(x: np.ndarray, labels: list[int], c: float) -> tuple[np.ndarray, np.ndarray]:
+            regression = LogisticRegression(C=c, max_iter=2000).fit(x, np.array(labels))
+            return weights_of(regression, len(dataset.label_names))
+
+        def answer(c: float) -> np.ndarray:
+            weight, bias = train_head(x["train"], train.labels, c)
+            return x["validation"] @ weight + bias
+
+        c, logits, scores = choose(self.candidates, answer, validation.labels)
+        both = np.concatenate([x["train"], x["validation"]])
+        weight, bias = train_head(both, joined(dataset).labels, c)
+        save_file({"weight": weight, "bias": bias}, folder / "head.safetensors")
+        return Fit({"C": c, "validation_accuracy_by_C": scores}, softmax(logits))
+
+    def _load_encoder(self) -> None:
+        try:
+            model = AutoModel.from_pretrained(self.name, use_safetensors=True)
+        except Exception as error:
+            raise UserError(models.cannot_load(self.name, error)) from error
+        self.max_length = min(512, getattr(model.config, "max_position_embeddings", 512))
+        self._use(model, load_tokenizer(self.name))
+
+    def load(self, folder: Path) -> None:
+        self._load_encoder()
+        self.head = load_file(folder / "head.safetensors")
+
+    def _features(self, texts: Sequence[str]) -> np.ndarray:
+        return predict_logits(
+            _MeanPooled(self.model),
+            self._encode(texts),
+            pad_token_id=self.tokenizer.pad_token_id or 0,
+            batch_tokens=self.batch_tokens,
+            autocast=self.autocast,
+        )
+
+    def _logits(self, texts: Sequence[str]) -> np.ndarray:
+        return self._features(texts) @ self.head["weight"] + self.head["bias"]
+
+    def files(self, folder: Path) -> list[Path]:
+        return [folder / "head.safetensors", *super().files(Path(self.name))]
+
+
+class _MeanPooled(nn.Module):
+    """An encoder as `predict_logits` expects it: its "logits" are unit-length means."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask)[0]  # (B, T, C)
+        mask = attention_mask[..., None].to(hidden.dtype)  # (B, T, 1)
+        mean = (hidden * mask).sum(dim=1) / mask.sum(dim=1)  # (B, C)
+        return _Output(nn.functional.normalize(mean.float(), dim=1))
+
+
+@dataclass
+class _Output:
+    logits: torch.Tensor
+
+
+def network_cost(
+    model: nn.Module, rows: Sequence[np.ndarray], pad_token_id: int
+) -> dict[str, float]:
+    """Parameters, and the multiply-accumulates of each text alone (no padding).
+
+    Counted by torch's FlopCounterMode, which sees matrix products, convolutions and attention; what
+    recurrent layers spend inside their fused kernels is added by formula.
+    """
+    device = next(model.parameters()).device
+    recurrent = 0.0
+    for module in model.modules():
+        if isinstance(module, nn.LSTM):
+            gates = 4 * module.hidden_size * (module.input_size + module.hidden_size)
+            recurrent += gates * (1 + module.bidirectional) * sum(len(row) for row in rows)
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        for row in rows:
+            input_ids, attention_mask = pad([row], pad_token_id)
+            model(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device))
+    tables = sum(buffer.numel() for name, buffer in model.named_buffers() if "ngrams" in name)
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()) + tables,
+        "macs": counter.get_total_flops() / 2 + recurrent,
+    }

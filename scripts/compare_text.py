@@ -1,0 +1,36 @@
+"""Compare classifiers on one data set: quality, cost and speed, on one page.
+
+Every system gets the same splits; each is tuned on the validation split, tested once, and timed in
+turn with the others. The folder that it leaves holds comparison.html, comparison.md and
+comparison.json. The same command goes on with what is missing after it was stopped.
+"""
+
+from typing import Any
+
+from nin_text import cli
+from nin_text.data import load_text_dataset
+from nin_text.options import CompareOptions, check
+
+EXAMPLES = """\
+  python scripts/compare_text.py --quick                    # two minutes on built-in reviews
+  python scripts/compare_text.py --dataset my.csv --models nin-text-base fasttext tfidf-svm
+  python scripts/compare_text.py --dataset imdb --models runs/imdb-nin-text-base-seed0 nb-logreg
+  python scripts/compare_text.py --dataset trec --models nin-text-base distilbert-base-uncased
+"""
+
+
+def main() -> None:
+    options = cli.parse(CompareOptions, __doc__, EXAMPLES)
+
+    def work() -> dict[str, Any]:
+        check(options)
+        from nin_text.comparison import compare_text, with_quick
+
+        chosen = with_quick(options)
+        return compare_text(chosen, load_text_dataset(chosen.dataset, **chosen.arguments()))
+
+    cli.run(work)
+
+
+if __name__ == "__main__":
+    main()

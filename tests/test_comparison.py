@@ -1,0 +1,286 @@
+"""Comparisons: what a table says is what was measured, and nothing is measured twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ROOT, Script
+from safetensors.numpy import load_file
+from scipy.stats import binomtest
+
+from nin_text import UserError, benchmark, load_text_dataset, processes
+from nin_text.benchmark import Sample
+from nin_text.comparison import compare_text, reduced, system_names, with_quick
+from nin_text.evaluation import paired_difference
+from nin_text.options import CompareOptions
+
+
+def compare(dataset: object, folder: Path, *models: str, **changes: object) -> dict:
+    """A comparison without timing, called as the script calls it."""
+    options = CompareOptions(
+        **{"dataset": str(dataset), "models": list(models), "output_dir": folder, "rounds": 0}
+        | {"quiet": True}
+        | changes
+    )
+    return compare_text(options, load_text_dataset(options.dataset, **options.arguments()))
+
+
+@pytest.fixture
+def pets(tmp_path: Path) -> Path:
+    """Three classes with odd names, 300 rows."""
+    verbs = {"cat, or: kitten": "purrs", "<b>dog</b>": "barks", 'fish "x"|y': "swims"}
+    rng = np.random.default_rng(0)
+    rows = [
+        (f"it {verb if rng.random() > 0.2 else 'sleeps'} {rng.integers(10**6)}", label)
+        for _ in range(100)
+        for label, verb in verbs.items()
+    ]
+    path = tmp_path / "pets.csv"
+    pd.DataFrame(rows, columns=["text", "label"]).to_csv(path, index=False)
+    return path
+
+
+def read(folder: Path) -> dict:
+    return json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
+
+
+def test_the_table_on_a_strangers_csv_is_right(script: Script, pets: Path, tmp_path: Path) -> None:
+    """Every figure is computed again here from the answers that were left."""
+    result = script(
+        "compare_text",
+        *("--dataset", pets, "--models", "tfidf-svm", "nb-logreg", "--reference", "nb-logreg"),
+        *("--rounds", "1", "--curve", "200", "30", "--output-dir", "out"),
+    ).result
+    comparison = read(tmp_path / "out")
+    data = load_text_dataset(str(pets))
+    truth = np.array(data.splits["test"].labels)
+    assert comparison["label_names"] == data.label_names
+    assert comparison["test_examples"] == len(truth)
+    right = {}
+    for entry in comparison["systems"]:
+        answers = load_file(tmp_path / "out" / "systems" / entry["name"] / "answers.safetensors")
+        right[entry["name"]] = answers["test"].argmax(axis=1) == truth
+        assert entry["test"]["accuracy"] == pytest.approx(right[entry["name"]].mean())
+        assert result["systems"][entry["name"]]["test_accuracy"] == entry["test"]["accuracy"]
+        assert sum(b["n"] for b in entry["by_length"]) == len(truth)
+        assert entry["bytes_on_disk"] > 0
+        assert entry["speed"]["1"]["documents_per_second"] > 0
+        assert [point["examples"] for point in entry["curve"]] == [30, 200]
+    svm, reference = comparison["systems"]
+    assert reference["versus_reference"] is None
+    only = int((right["tfidf-svm"] & ~right["nb-logreg"]).sum())
+    other = int((~right["tfidf-svm"] & right["nb-logreg"]).sum())
+    versus = svm["versus_reference"]
+    assert (versus["only_this_right"], versus["only_reference_right"]) == (only, other)
+    if only + other:
+        assert versus["mcnemar_p"] == pytest.approx(binomtest(only, only + other).pvalue)
+    assert 0.5 < svm["test"]["accuracy"] < 1  # a fifth of the texts says nothing
+    page = (tmp_path / "out" / "comparison.html").read_text(encoding="utf-8")
+    assert "<b>dog</b>" not in page
+    assert (tmp_path / "out" / "comparison.md").is_file()
+
+
+def test_a_second_run_fits_only_what_is_missing(pets: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    compare(pets, out, "tfidf-svm")
+    first = out / "systems" / "tfidf-svm"
+    before = {file: file.stat().st_mtime_ns for file in first.iterdir()}
+    assert set(compare(pets, out, "tfidf-svm", "nb-logreg")["systems"]) == {
+        *("tfidf-svm", "nb-logreg"),
+    }
+    assert {file: file.stat().st_mtime_ns for file in first.iterdir()} == before
+    with pytest.raises(UserError, match=r"seed 0, not 1; .* --overwrite"):
+        compare(pets, out, "tfidf-svm", seed=1)
+    compare(pets, out, "tfidf-svm", seed=1, overwrite=True)
+    assert not (out / "systems" / "nb-logreg").exists()
+
+
+def test_a_comparison_that_is_killed_goes_on(pets: Path, tmp_path: Path) -> None:
+    """Killed while the network trains: the linear model is kept, the network finished later."""
+    command = [
+        *(sys.executable, str(ROOT / "scripts" / "compare_text.py"), "--dataset", str(pets)),
+        *("--models", "tfidf-svm", "kim-cnn", "--rounds", "0", "--output-dir", "out"),
+    ]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
+    checkpoints = tmp_path / "out" / "systems" / "kim-cnn" / "checkpoints"
+    deadline = time.monotonic() + 120
+    while not any(checkpoints.glob("*/*/complete.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    done = tmp_path / "out" / "systems" / "tfidf-svm" / "system.json"
+    before = done.stat().st_mtime_ns
+    time.sleep(1)  # the child notices that its parent is gone, or comes to its end
+    out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert set(json.loads(out.stdout)["systems"]) == {"tfidf-svm", "kim-cnn"}
+    assert done.stat().st_mtime_ns == before
+
+
+def test_ctrl_c_ends_the_children_too(pets: Path, tmp_path: Path) -> None:
+    command = [
+        *(sys.executable, str(ROOT / "scripts" / "compare_text.py"), "--dataset", str(pets)),
+        *("--models", "kim-cnn", "--rounds", "0", "--output-dir", "out"),
+    ]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while not (tmp_path / "out" / "systems" / "kim-cnn" / "options.json").is_file():
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+
+
+def test_a_system_that_fails_is_a_row_and_the_others_are_there(pets: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken").mkdir()
+    with pytest.raises(UserError, match=r"1 of 2 systems failed: broken \(.*config\.json"):
+        compare(pets, tmp_path / "out", str(tmp_path / "broken"), "tfidf-svm")
+    broken, svm = read(tmp_path / "out")["systems"]
+    assert "config.json" in broken["error"]
+    assert svm["test"]["accuracy"] > 0.5
+
+
+def test_a_saved_run_is_compared_by_the_answers_it_left(trained: Path, tmp_path: Path) -> None:
+    result = compare("demo_reviews", tmp_path / "out", str(trained), rounds=1)
+    (run,) = read(tmp_path / "out")["systems"]
+    metrics = json.loads((trained / "metrics.json").read_text())
+    assert run["kind"] == "nin"
+    assert run["test"]["accuracy"] == metrics["test"]["accuracy"]
+    assert run["train_seconds"] == metrics["total_seconds"]
+    assert result["systems"][run["name"]]["documents_per_second"] > 0
+    left = load_file(tmp_path / "out" / "systems" / run["name"] / "answers.safetensors")
+    assert (left["test"] == load_file(trained / "answers.safetensors")["test"]).all()
+
+
+def test_a_saved_run_of_other_classes_is_refused(trained: Path, pets: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="knows the classes negative, positive"):
+        compare(pets, tmp_path / "out", str(trained))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"models": ["no-such"]}, "no system 'no-such'"),
+        ({"models": ["tfidf-svm", "tfidf-svm"]}, "twice"),
+        ({"reference": "bert"}, "--reference bert is not among"),
+        ({"curve": [5]}, "--curve must name"),
+        ({"curve": [10**6]}, "--curve must name"),
+        ({"rounds": -1}, "--rounds must be"),
+        ({"threads": 0}, "--threads must be"),
+    ],
+)
+def test_mistakes_are_refused_before_anything_is_fitted(
+    changes: dict, words: str, pets: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=words):
+        compare(pets, tmp_path / "out", "tfidf-svm", **changes)
+    assert not (tmp_path / "out" / "systems").exists()
+
+
+# ---- parts -------------------------------------------------------------------------------------
+
+
+def test_names_are_short_distinct_and_safe() -> None:
+    specs = ["a/b/minilm", "c/minilm", "frozen:c/minilm", "../..", "architecture:bert-base"]
+    names = system_names(specs)
+    assert list(names.values()) == specs
+    assert list(names) == [
+        *("minilm", "minilm-2", "frozen-minilm", "system", "architecture-bert-base"),
+    ]
+
+
+def test_quick_is_a_subset() -> None:
+    assert with_quick(CompareOptions(quick=True)).limit == 1000
+    assert with_quick(CompareOptions(quick=True, limit=7)).limit == 7
+    assert with_quick(CompareOptions()).limit is None
+
+
+def test_reduced_data_are_nested_and_have_every_class() -> None:
+    data = load_text_dataset("demo_topics", limit=400)
+    small, large = reduced(data, 40), reduced(data, 200)
+    for part, size in ((small, 40), (large, 200)):
+        assert len(part.splits["train"]) + len(part.splits["validation"]) == size
+        assert set(part.splits["train"].labels) == set(range(len(data.label_names)))
+        assert part.splits["test"] is data.splits["test"]
+    assert set(small.splits["train"].texts) <= set(large.splits["train"].texts)
+    assert len(data.splits["train"]) == 400  # the whole is as it was
+
+
+def test_paired_difference_counts_and_tests_like_a_coin() -> None:
+    this = np.array([1, 1, 1, 1, 1, 1, 0, 1] * 5, dtype=bool)
+    other = np.array([1, 1, 0, 0, 0, 0, 1, 1] * 5, dtype=bool)
+    result = paired_difference(this, other)
+    assert (result["only_this_right"], result["only_reference_right"]) == (20, 5)
+    assert result["difference"] == pytest.approx(15 / 40)
+    low, high = result["interval_95"]
+    assert 0 < low < 15 / 40 < high < 1
+    assert result["mcnemar_p"] == pytest.approx(binomtest(20, 25).pvalue)
+    same = paired_difference(this, this)
+    assert (same["difference"], same["mcnemar_p"]) == (0.0, 1.0)
+
+
+class Slow:
+    """A system that takes a known time for each text, and counts its calls."""
+
+    kind = "linear"
+    description = ""
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+
+    def probabilities(self, texts: list[str]) -> np.ndarray:
+        self.batches.append(len(texts))
+        time.sleep(0.0005 * len(texts))
+        return np.ones((len(texts), 2)) / 2
+
+    def cost(self, texts: list[str]) -> dict[str, float]:
+        return {"parameters": 3, "macs": 10.0 * len(texts)}
+
+
+def test_speeds_are_texts_by_seconds() -> None:
+    """Every text takes at least half a millisecond, so no rate may be above 2,000 a second."""
+    sample = Sample.of(["one two three four"] * 300)
+    system = Slow()
+    cost = benchmark.warm_up(system, sample)  # type: ignore[arg-type]
+    assert cost == {"parameters": 3, "macs_per_token": 2.5}
+    system.batches.clear()
+    rounds = [benchmark.time_round(system, sample) for _ in range(3)]  # type: ignore[arg-type]
+    assert set(system.batches) >= {1, 32, 300}
+    summary = benchmark.summarize(rounds, sample)
+    for batch in benchmark.BATCHES:
+        speed = summary[batch]
+        assert 0 < speed["documents_per_second"] <= 2000
+        assert speed["tokens_per_second"] == pytest.approx(4 * speed["documents_per_second"])
+        low, high = speed["documents_per_second_range"]
+        assert low <= speed["documents_per_second"] <= high
+    assert 0.5 <= summary["latency_p50_ms"] <= summary["latency_p99_ms"]
+    assert summary["latency_n"] == 150
+
+
+def test_every_system_gets_the_same_sample() -> None:
+    texts = [f"text {i} " + "word " * (i % 50) for i in range(9000)]
+    one, two = Sample.of(texts), Sample.of(texts)
+    assert one.texts == two.texts
+    assert one.tokens.sum() >= benchmark.BULK_TOKENS
+    assert len(Sample.of(["short"] * 9000).texts) == benchmark.BULK_TEXTS[1]
+    assert len(Sample.of(["short"] * 9).texts) == 9
+
+
+def test_a_process_that_dies_is_told_in_a_sentence() -> None:
+    with pytest.raises(UserError, match="process died"):
+        processes.call(die, CompareOptions(quiet=True))
+
+
+def die(options: CompareOptions, connection: Connection) -> None:
+    os._exit(9)

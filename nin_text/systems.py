@@ -33,6 +33,7 @@ from nin_text.options import (
     FASTTEXT,
     LINEAR_NAMES,
     NETWORK_NAMES,
+    PACKAGED,
     PRESET_NAMES,
     CompareOptions,
     TrainOptions,
@@ -89,9 +90,9 @@ def create(spec: str, options: CompareOptions) -> System:
         return SavedRun(spec, options)
     if not spec:
         raise UserError("--models has an empty name")
-    known = spec in PRESET_NAMES or spec in NETWORK_NAMES
+    known = spec in (*PRESET_NAMES, *NETWORK_NAMES, *PACKAGED)
     if not known and not Path(spec).is_dir() and spec.count("/") != 1:
-        names = ", ".join([*PRESET_NAMES, *NETWORK_NAMES, *LINEAR_NAMES, FASTTEXT])
+        names = ", ".join([*PRESET_NAMES, *NETWORK_NAMES, *LINEAR_NAMES, FASTTEXT, *PACKAGED])
         raise UserError(
             f"there is no system {spec!r}: it is not one of {names}, not a folder, not a hub id "
             f"(owner/name), not frozen:<id or folder>, and not architecture:<one of "
@@ -319,12 +320,13 @@ class FrozenEncoder(_Network):
         return Fit({"C": c, "validation_accuracy_by_C": scores}, softmax(logits))
 
     def _load_encoder(self) -> None:
+        self.folder = models.packaged(self.name)
         try:
-            model = AutoModel.from_pretrained(self.name, use_safetensors=True)
+            model = AutoModel.from_pretrained(self.folder, use_safetensors=True)
         except Exception as error:
             raise UserError(models.cannot_load(self.name, error)) from error
         self.max_length = min(512, getattr(model.config, "max_position_embeddings", 512))
-        self._use(model, load_tokenizer(self.name))
+        self._use(model, load_tokenizer(self.folder))
 
     def load(self, folder: Path) -> None:
         self._load_encoder()
@@ -343,7 +345,8 @@ class FrozenEncoder(_Network):
         return self._features(texts) @ self.head["weight"] + self.head["bias"]
 
     def files(self, folder: Path) -> list[Path]:
-        return [folder / "head.safetensors", *super().files(Path(self.name))]
+        encoder = [file for file in super().files(Path(self.folder)) if file.is_file()]
+        return [folder / "head.safetensors", *encoder]  # of a hub id, the head alone
 
 
 class _MeanPooled(nn.Module):

@@ -284,8 +284,8 @@ class CompareOptions(CommonOptions, DataOptions):
         f"systems to compare: NiN presets ({', '.join(PRESET_NAMES)}), networks from scratch "
         f"({', '.join(NETWORK_NAMES)}), {', '.join((*LINEAR_NAMES, FASTTEXT))}, run folders of "
         f"train_text.py, hub ids or folders of transformers ({', '.join(PACKAGED)} needs no hub), "
-        f"fine-tuned or, as frozen:ID, with a linear head; architecture:NAME ({', '.join(ARCHITECTURES)}) measures the speed of one "
-        f"with random weights",
+        f"fine-tuned or, as frozen:ID, with a linear head; architecture:NAME "
+        f"({', '.join(ARCHITECTURES)}) measures the speed of one with random weights",
         ("nin-text-small", "nin-text-base", FASTTEXT, *LINEAR_NAMES, "kim-cnn"),
         nargs="+",
         metavar="SYSTEM",

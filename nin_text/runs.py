@@ -83,13 +83,15 @@ def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dic
         device,
     )
     try:
-        trainer, seconds = _train(options, folder, device, model, tokenizer, encoded)
+        trainer, seconds, ngram_scale = _train(options, folder, device, model, tokenizer, encoded)
     except KeyboardInterrupt:
         logger.error("stopped; the same command with --resume goes on from the last whole epoch")
         raise
     metrics = _metrics(options, dataset, record, trainer, seconds)
     answers = {}
     for split in ("validation", "test"):
+        if split == "test" and options.ngrams:
+            stages.refit_ngrams(trainer, encoded["train"], ngram_scale)
         clock = time.perf_counter()
         logits = trainer.logits(encoded[split], progress=f"evaluating {split}")
         elapsed = round(time.perf_counter() - clock, 2)
@@ -215,8 +217,12 @@ def _train(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     encoded: dict[str, EncodedTexts],
-) -> tuple[TextTrainer, dict[str, float]]:
-    """All stages of training; the trainer of the last one, and the seconds of each."""
+) -> tuple[TextTrainer, dict[str, float], float]:
+    """All stages of training.
+
+    Returns:
+        The trainer of the last stage, the seconds of each, and the factor on the n-grams.
+    """
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
     common: dict[str, Any] = {
@@ -228,7 +234,10 @@ def _train(
         "device": device,
     }
 
+    ngram_scale = 1.0
+
     def train(name: str, epochs: int, texts: EncodedTexts) -> TextTrainer:
+        nonlocal ngram_scale
         trainer = TextTrainer(
             model=model,
             args=training_arguments(
@@ -251,7 +260,7 @@ def _train(
         trainer.train_or_resume()
         seconds[name] = trainer.seconds
         if options.ngrams:
-            stages.fuse(trainer)
+            ngram_scale = stages.fuse(trainer)
         return trainer
 
     labelled, unlabelled = encoded["train"], encoded.get("unsupervised")
@@ -266,7 +275,7 @@ def _train(
                 model, labelled, unlabelled, checkpoints, options, **common
             )
     if not options.self_training_epochs or unlabelled is None:
-        return train("training", options.epochs, labelled), seconds
+        return train("training", options.epochs, labelled), seconds, ngram_scale
     path = checkpoints / "answers.safetensors"
     saved = stages.saved_answers(path)
     if saved is None:
@@ -277,7 +286,7 @@ def _train(
     else:
         answers, seconds["training"] = saved
     texts = stages.with_answers(labelled, unlabelled, answers)
-    return train("self-training", options.self_training_epochs, texts), seconds
+    return train("self-training", options.self_training_epochs, texts), seconds, ngram_scale
 
 
 def _best_epoch(trainer: TextTrainer) -> int | None:

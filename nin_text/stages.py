@@ -1,8 +1,8 @@
 """What a NiN classifier goes through beside training on labels, in this order.
 
 `fit_ngrams`, `pretrain`, training on the labels, `fuse`, `label_unlabelled` and training again on
-labelled and unlabelled texts, `fuse`. The slow ones leave a file, so that a run that was stopped
-does not repeat them.
+labelled and unlabelled texts, `fuse`; at the end `refit_ngrams`. The slow ones leave a file, so
+that a run that was stopped does not repeat them.
 """
 
 from __future__ import annotations
@@ -99,8 +99,12 @@ def pretrain(
     return trainer.seconds
 
 
-def fuse(trainer: TextTrainer) -> None:
-    """Weigh network and n-grams against each other by the log loss of the validation split."""
+def fuse(trainer: TextTrainer) -> float:
+    """Weigh network and n-grams against each other by the log loss of the validation split.
+
+    Returns:
+        The factor on the n-grams, for `refit_ngrams`.
+    """
     model, validation = trainer.best_model, trainer.eval_dataset
     assert isinstance(model, NiNTextForSequenceClassification) and model.ngrams is not None
     added = ngrams.predict(model.ngrams, validation.rows)
@@ -108,6 +112,25 @@ def fuse(trainer: TextTrainer) -> None:
     scales = ngrams.best_scales([network, added], validation.labels)
     model.rescale(*scales)
     logger.info("weights of network and n-grams: %.3f, %.3f", *scales)
+    return float(scales[1])
+
+
+def refit_ngrams(trainer: TextTrainer, train: EncodedTexts, scale: float) -> None:
+    """Fit the n-gram branch again, to both splits, once nothing is chosen on validation any more.
+
+    Whatever is to be said of the validation split must have been computed before.
+
+    Args:
+        trainer: has the classifier, fused, and the validation split.
+        train: the labelled texts that the branch was fitted to.
+        scale: the factor that `fuse` found for it.
+    """
+    model, validation = trainer.best_model, trainer.eval_dataset
+    assert isinstance(model, NiNTextForSequenceClassification) and model.ngrams is not None
+    labels = np.concatenate([train.labels, validation.labels])
+    rows = [*train.rows, *validation.rows]
+    ngrams.fit(model.ngrams, rows, labels, model.config.class_weights)
+    model.rescale(1.0, scale)
 
 
 def label_unlabelled(trainer: TextTrainer, unlabelled: EncodedTexts, path: Path) -> np.ndarray:

@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT
+from safetensors.numpy import load_file
 
 from nin_text import load, load_text_dataset, ngrams
 from nin_text.errors import UserError
-from nin_text.evaluation import predict_logits
+from nin_text.evaluation import predict_logits, softmax
 from nin_text.options import TrainOptions
 from nin_text.runs import train_text
 from nin_text.tokenization import encode
@@ -186,18 +187,31 @@ def test_unlabelled_texts_are_learned_from(tmp_path: Path) -> None:
 
 
 def test_the_saved_model_adds_ngrams_weighed_on_the_validation_split(tmp_path: Path) -> None:
-    """The log loss on validation is at its minimum over both weights."""
+    """The weights are those of least log loss for n-grams fitted to the training split alone.
+
+    What is saved are n-grams fitted to both splits, times that weight.
+    """
     dataset = load_text_dataset("demo_reviews", limit=200)
     train_text(TrainOptions(**QUICK, output_dir=tmp_path / "run"), dataset)
     model, tokenizer = load(str(tmp_path / "run"))
-    validation = dataset.splits["validation"]
-    rows = encode(tokenizer, validation.texts)
-    logits = predict_logits(model, rows, pad_token_id=0)
-    added = ngrams.predict(model.ngrams, rows)
+    train, validation = dataset.splits["train"], dataset.splits["validation"]
+    rows, held_out = encode(tokenizer, train.texts), encode(tokenizer, validation.texts)
+    logits = predict_logits(model, held_out, pad_token_id=0)
+    network = logits - ngrams.predict(model.ngrams, held_out)
+    branch = ngrams.NGramEvidence(model.ngrams.size, model.ngrams.buckets, 2)
+    ngrams.fit(branch, rows, np.array(train.labels))
+    added = ngrams.predict(branch, held_out)
     assert np.abs(added).max() > 0.1
-    scales = ngrams.best_scales([logits - added, added], np.array(validation.labels))
+    scales = ngrams.best_scales([network, added], np.array(validation.labels))
     # Not exactly one: the pull towards one acted on the weights before they were multiplied.
-    np.testing.assert_allclose(scales, 1, atol=0.25)
+    np.testing.assert_allclose(scales[0], 1, atol=0.25)
+    ngrams.fit(branch, [*rows, *held_out], np.array(train.labels + validation.labels))
+    factor = (model.ngrams.weight * branch.weight).sum() / (branch.weight**2).sum()
+    np.testing.assert_allclose(model.ngrams.weight, factor * branch.weight, atol=1e-4)
+    np.testing.assert_allclose(factor, scales[1], rtol=0.25)
+    # The validation score was computed before: by n-grams that had not seen its texts.
+    answers = load_file(tmp_path / "run" / "answers.safetensors")
+    assert np.abs(answers["validation"] - softmax(logits)).max() > 1e-3
 
 
 def test_a_device_or_folder_that_cannot_be_used_is_refused(tmp_path: Path) -> None:

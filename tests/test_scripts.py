@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT, Script
 from safetensors.numpy import load_file
 
-SCRIPTS = ("train_text", "evaluate_text", "predict_text")
+SCRIPTS = ("train_text", "evaluate_text", "predict_text", "compare_text")
 SUMMARY = {
     "dataset": str,
     "model": str,

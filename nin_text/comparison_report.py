@@ -493,7 +493,7 @@ def _plot(series: Series, label: str, write: Writer, bins: int = 0) -> Plot | No
         return None
     below = (0.9 if bins else 0.6) + 0.2 * math.ceil(len(series) / 2)  # inches for the legend
     figure = Figure(figsize=(6.4, below + 3.2))
-    axis = figure.add_axes((0.115, below / (below + 3.2), 0.87, 3.1 / (below + 3.2)))
+    axis = figure.add_axes((0.115, below / (below + 3.2), 0.84, 3.1 / (below + 3.2)))
     axis.set(xlabel=label, ylabel="test accuracy, %")
     axis.grid(alpha=0.3)
     axis.margins(y=0.1)

@@ -60,9 +60,9 @@ def build(
         )
     else:
         tokenizer = load_tokenizer(options.tokenizer)
-    names |= {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    fixed = {**names, "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
     if options.model in NETWORKS:
-        network = BaselineConfig(**NETWORKS[options.model], **names)
+        network = BaselineConfig(**NETWORKS[options.model], **fixed)
         return BaselineForSequenceClassification(network), tokenizer
     overrides: dict[str, Any] = {
         "pooling": options.pooling,
@@ -76,7 +76,7 @@ def build(
     }
     config = NiNTextConfig.from_preset(
         options.model,
-        **names,
+        **fixed,
         **{key: value for key, value in overrides.items() if value is not None},
     )
     return NiNTextForSequenceClassification(config), tokenizer

@@ -155,14 +155,14 @@ class DPCNN(Encoder):
             return nn.Conv1d(channels, config.hidden_size, 3, padding=1)
 
         self.region = convolution(config.embedding_size)
-        self.blocks = nn.ModuleList(
-            nn.ModuleList(convolution(config.hidden_size) for _ in range(2))
-            for _ in range(config.num_layers)
+        self.first, self.second = (
+            nn.ModuleList(convolution(config.hidden_size) for _ in range(config.num_layers))
+            for _ in range(2)
         )
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         x = self.region(x.transpose(1, 2))  # (B, C, T)
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(zip(self.first, self.second, strict=True)):
             if i:
                 x = x.masked_fill(~mask[:, None], -math.inf)  # (B, C, T)
                 x = F.max_pool1d(x, 3, stride=2, padding=1)  # (B, C, T / 2)

@@ -39,7 +39,7 @@ from nin_text.options import (
     TrainOptions,
 )
 from nin_text.report import METRICS_FILE, write_json
-from nin_text.runs import ANSWERS_FILE, train_text
+from nin_text.runs import ANSWERS_FILE, OPTIONS_FILE, train_text
 from nin_text.tokenization import cached_tokenizer, encode, load_tokenizer
 
 BATCH_TOKENS = (4_096, 16_384, 65_536)  # what a network may put into one batch, padding included
@@ -183,7 +183,7 @@ class TrainedNetwork(_Network):
             device=self.options.device,
             seed=self.options.seed,
             output_dir=folder,
-            resume=True,
+            resume=(folder / OPTIONS_FILE).is_file(),
         )
         train_text(options, dataset)
         return _run_fit(folder)

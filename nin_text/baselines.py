@@ -15,17 +15,18 @@ import scipy.sparse as sparse
 from safetensors.numpy import load_file, save_file
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
 from sklearn.svm import LinearSVC
 
 from nin_text.data import Split, TextDataset
 from nin_text.errors import UserError
 from nin_text.evaluation import softmax
-from nin_text.ngrams import log_count_ratio
+from nin_text.ngrams import fit_linear
 from nin_text.report import write_json
+from nin_text.tokenization import clean
 
 # A token, for every system alike: a word or a punctuation mark.
 TOKEN = re.compile(r"\w+|[^\w\s]")
+NEVER = -1e4  # a logit
 LEAST_PROBABILITY = 1e-6  # what fastText gives to a class it does not name
 Candidate = TypeVar("Candidate")
 
@@ -45,12 +46,14 @@ class Fit:
             them; None to ask the fitted system.
         test: (n, K) probabilities of the test texts, where they are known already.
         record: of a run that measured itself: its own seconds, threads and peak memory.
+        warning: what readers of its figures must know.
     """
 
     settings: dict[str, Any]
     validation: np.ndarray | None = None
     test: np.ndarray | None = None
     record: dict[str, Any] | None = None
+    warning: str | None = None
 
 
 def choose(
@@ -62,20 +65,28 @@ def choose(
 
     Args:
         candidates: settings to try.
-        answer: (n, K) logits or probabilities of the validation texts with these settings.
+        answer: (n, K) logits or probabilities of the validation texts with these settings; not
+            finite if training diverged.
         truth: n class indices.
 
     Returns:
         The candidate, its answers, and the accuracy of each.
+
+    Raises:
+        UserError: if training diverged with each of them.
     """
     scores: dict[str, float] = {}
-    best, best_score, best_answers = candidates[0], -1.0, np.empty(0)
+    best, best_score, best_answers = candidates[0], -1.0, np.empty((0, 0))
     for candidate in candidates:
         answers = answer(candidate)
+        if not np.isfinite(answers).all():  # it diverged
+            continue
         score = float((answers.argmax(axis=1) == np.asarray(truth)).mean())
         scores[str(candidate)] = round(score, 6)
         if score > best_score:
             best, best_score, best_answers = candidate, score, answers
+    if not scores:
+        raise UserError(f"training diverged with all of the settings {candidates}")
     return best, best_answers, scores
 
 
@@ -88,14 +99,14 @@ def joined(dataset: TextDataset) -> Split:
 def weights_of(classifier: Any, classes: int) -> tuple[np.ndarray, np.ndarray]:
     """Weight (V, K) and bias (K,) of a linear classifier of scikit-learn, which may lack classes.
 
-    A class that it has never seen gets a logit below all others.
+    A class that it has never seen gets a logit far below all others.
     """
     coef, intercept = classifier.coef_, classifier.intercept_
     if len(coef) == 1:  # two classes share one vector
         coef = np.concatenate([-coef, coef]) / 2
         intercept = np.array([-intercept[0], intercept[0]]) / 2
     weight = np.zeros((coef.shape[1], classes), dtype=np.float32)
-    bias = np.full(classes, float(np.min(intercept)) - 10, dtype=np.float32)
+    bias = np.full(classes, NEVER, dtype=np.float32)
     weight[:, classifier.classes_] = coef.T
     bias[classifier.classes_] = intercept
     return weight, bias
@@ -148,7 +159,7 @@ class LinearNGrams:
             if least not in matrices:
                 matrices.clear()  # the largest things here
                 vectorizer, x = self._vectorize(train.texts, least)
-                matrices[least] = x, vectorizer.transform(validation.texts)
+                matrices[least] = x, vectorizer.transform(map(clean, validation.texts))
             x, held_out = matrices[least]
             weight, bias = self._train(x, train.labels, c, classes)
             return held_out @ weight + bias
@@ -172,11 +183,11 @@ class LinearNGrams:
     ) -> tuple[CountVectorizer, sparse.csr_matrix]:
         vectorizer = self._vectorizer(min_df=least)
         try:
-            return vectorizer, vectorizer.fit_transform(texts)
+            return vectorizer, vectorizer.fit_transform(map(clean, texts))
         except ValueError:  # no n-gram is in two texts, or there is none at all
             vectorizer = self._vectorizer()
         try:
-            return vectorizer, vectorizer.fit_transform(texts)
+            return vectorizer, vectorizer.fit_transform(map(clean, texts))
         except ValueError as error:
             raise UserError(f"{self.name} finds no word in the training texts") from error
 
@@ -189,26 +200,7 @@ class LinearNGrams:
             warnings.simplefilter("ignore", ConvergenceWarning)  # near enough
             if self.svm:
                 return weights_of(LinearSVC(C=c, random_state=0).fit(x, truth), classes)
-            return self._train_nb(x, truth, c, classes)
-
-    @staticmethod
-    def _train_nb(
-        x: sparse.csr_matrix, truth: np.ndarray, c: float, classes: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """One regression for each class against the rest; of two classes one is enough."""
-        weight: np.ndarray = np.zeros((x.shape[1], classes), dtype=np.float32)
-        bias: np.ndarray = np.full(classes, -np.log(len(truth) + 1), dtype=np.float32)
-        for label in [1] if classes == 2 else np.unique(truth):
-            ratio = log_count_ratio(x, truth == label)  # (V,)
-            regression = LogisticRegression(
-                C=c, solver="liblinear", dual=True, tol=0.01, random_state=0
-            ).fit(x @ sparse.diags_array(ratio), truth == label)
-            weight[:, label] = regression.coef_[0] * ratio
-            bias[label] = regression.intercept_[0]
-        if classes == 2:
-            weight = np.stack([-weight[:, 1], weight[:, 1]], axis=1) / 2
-            bias = np.array([-bias[1], bias[1]], dtype=np.float32) / 2
-        return weight, bias
+            return fit_linear(x, truth, classes, c=c)
 
     def load(self, folder: Path) -> None:
         tensors = load_file(folder / "weights.safetensors")
@@ -221,14 +213,14 @@ class LinearNGrams:
         self.vectorizer.transform([""])  # checks the vocabulary, which takes a while, now
 
     def probabilities(self, texts: Sequence[str]) -> np.ndarray:
-        return softmax(self.vectorizer.transform(texts) @ self.weight + self.bias)
+        return softmax(self.vectorizer.transform(map(clean, texts)) @ self.weight + self.bias)
 
     def cost(self, texts: Sequence[str]) -> dict[str, float]:
         classes = self.weight.shape[1]
         outputs = 1 if classes == 2 else classes
         return {
             "parameters": len(self.weight) * outputs + outputs,
-            "macs": float(self.vectorizer.transform(texts).nnz * outputs),
+            "macs": float(self.vectorizer.transform(map(clean, texts)).nnz * outputs),
         }
 
     def files(self, folder: Path) -> list[Path]:
@@ -275,7 +267,7 @@ class FastText:
             try:
                 self.model = self._train(lines, *candidate)
             except RuntimeError:  # "Encountered NaN": it diverged
-                return np.zeros((len(validation), self.classes))
+                return np.full((len(validation), self.classes), np.nan)
             return self.probabilities(validation.texts)
 
         (rate, epochs), answers, scores = choose(self.candidates, answer, validation.labels)
@@ -293,13 +285,12 @@ class FastText:
     def _write(self, path: Path, split: Split) -> None:
         lines = zip(split.labels, split.texts, strict=True)
         text = "".join(f"__label__{label} {self._line(text)}\n" for label, text in lines)
-        path.write_text(text, encoding="utf-8", errors="replace")
+        path.write_text(text, encoding="utf-8")
 
     @staticmethod
     def _line(text: str) -> str:
         """Lower-cased tokens of a text on one line; none can be taken for a label."""
-        line = " ".join(TOKEN.findall(text.lower())).replace("__label__", "label")
-        return line.encode("utf-8", "replace").decode()
+        return " ".join(TOKEN.findall(clean(text).lower())).replace("__label__", "label")
 
     def load(self, folder: Path) -> None:
         self.classes = json.loads((folder / "fasttext.json").read_text())["classes"]

@@ -1,8 +1,8 @@
 """How fast a system answers: whole texts in, probabilities out, tokenization counted.
 
-A system is first made ready (`warm_up`), then timed once in every round (`time_round`); in a
-comparison the rounds of all systems are interleaved, so that whatever else the machine does hits
-them alike. `summarize` takes the medians.
+A system is measured (`measure_cost`); in another process it is made ready (`warm_up`) and then
+timed once in every round (`time_round`). In a comparison the rounds of all systems are interleaved,
+so that whatever else the machine does hits them alike. `summarize` takes the medians.
 """
 
 from __future__ import annotations
@@ -49,29 +49,44 @@ class Sample:
         return cls([texts[i] for i in order[:kept]], tokens[:kept])
 
 
-def warm_up(system: System, sample: Sample) -> dict[str, Any]:
-    """Answer the sample, choose the batch size that answers it fastest, and count operations.
+def measure_cost(system: System, sample: Sample) -> dict[str, Any]:
+    """Parameters, operations, and the batch size that answers the sample fastest.
 
     Returns:
-        `parameters` and `macs_per_token`.
+        `parameters`, `macs_per_token`, and for a network `batch_tokens`.
     """
     first = sample.texts[:COST_TEXTS]
-    system.probabilities(first)
-    if hasattr(system, "batch_tokens"):
-        seconds: dict[int, float] = {}
-        for size in BATCH_TOKENS:
-            system.batch_tokens = size
-            clock = time.perf_counter()
-            system.probabilities(sample.texts)
-            seconds[size] = time.perf_counter() - clock
-            if seconds[size] > min(seconds.values()):
-                break  # larger ones are slower still
-        system.batch_tokens = min(seconds, key=seconds.__getitem__)
     cost = system.cost(first)
-    return {
+    measured: dict[str, Any] = {
         "parameters": int(cost["parameters"]),
         "macs_per_token": cost["macs"] / int(sample.tokens[:COST_TEXTS].sum()),
     }
+    if hasattr(system, "batch_tokens"):
+        measured["batch_tokens"] = _fastest_batch(system, sample)
+    return measured
+
+
+def _fastest_batch(system: Any, sample: Sample) -> int:
+    seconds: dict[int, float] = {}
+    for size in BATCH_TOKENS:
+        system.batch_tokens = size
+        clock = time.perf_counter()
+        try:
+            system.probabilities(sample.texts)
+        except RuntimeError:  # too little memory for batches of this size
+            if not seconds:
+                raise
+            break
+        seconds[size] = time.perf_counter() - clock
+        if seconds[size] > min(seconds.values()):
+            break  # larger ones are slower still
+    return min(seconds, key=seconds.__getitem__)
+
+
+def warm_up(system: System, sample: Sample) -> None:
+    """The first answers, which are slow and not to be timed."""
+    system.probabilities(sample.texts[:1])
+    system.probabilities(sample.texts)
 
 
 def time_round(system: System, sample: Sample) -> dict[str, Any]:

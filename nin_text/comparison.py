@@ -7,11 +7,11 @@ Then one process for each system is started, and all are timed in turn, round by
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import logging
 import os
-import re
 import shutil
 import time
 from collections.abc import Sequence
@@ -23,38 +23,55 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from nin_text import processes, report
+from nin_text import benchmark, processes, report
 from nin_text.baselines import count_tokens
+from nin_text.benchmark import Sample
 from nin_text.comparison_report import print_table, to_html, to_markdown
 from nin_text.data import SPLIT_SEED, Split, TextDataset
+from nin_text.device import pick_device, use_bf16
 from nin_text.errors import UserError
 from nin_text.evaluation import classification_metrics, paired_difference
 from nin_text.ngrams import best_scales
-from nin_text.options import ARCHITECTURES, QUICK_LIMIT, QUICK_ROUNDS, CompareOptions, check
+from nin_text.options import (
+    ARCHITECTURES,
+    DEFAULT_SYSTEMS,
+    FASTTEXT,
+    PRESET_NAMES,
+    QUICK_LIMIT,
+    QUICK_ROUNDS,
+    CompareOptions,
+    check,
+)
+from nin_text.runs import ANSWERS_FILE
 
 logger = logging.getLogger(__name__)
 
 OPTIONS_FILE = "comparison_options.json"
 SYSTEM_FILE = "system.json"  # written last: a system without it is fitted again
-ANSWERS_FILE = "answers.safetensors"
+OWNER_FILE = "spec.json"  # whose folder it is
 LENGTH_BINS = 5
 SMALLEST_CURVE = 20
-LEAST_PROBABILITY = 1e-7
+FLOOR = 1e-7  # of a probability, before its logarithm is taken
 THREADS = {"linear": 1, "fasttext": 12}  # of training, where the system decides itself
 
 
-def with_quick(options: CompareOptions) -> CompareOptions:
-    """A copy in which --quick has set what it stands for."""
-    if not options.quick:
-        return options
-    return replace(options, limit=options.limit or QUICK_LIMIT, rounds=QUICK_ROUNDS)
+def with_defaults(options: CompareOptions) -> CompareOptions:
+    """A copy in which --quick has set what it stands for, and the default can be run here."""
+    if options.quick:
+        options = replace(options, limit=options.limit or QUICK_LIMIT, rounds=QUICK_ROUNDS)
+    if options.models == DEFAULT_SYSTEMS and importlib.util.find_spec(FASTTEXT) is None:
+        logger.warning(
+            "fasttext is left out: it is not installed (pip install 'nin-text[compare]')"
+        )
+        options = replace(options, models=[name for name in options.models if name != FASTTEXT])
+    return options
 
 
 def compare_text(options: CompareOptions, dataset: TextDataset) -> dict[str, Any]:
     """Compare systems, and leave comparison.json, comparison.md and comparison.html.
 
     Args:
-        options: see `CompareOptions`; `with_quick` has been applied.
+        options: see `CompareOptions`; `with_defaults` has been applied.
         dataset: loaded with these options.
 
     Returns:
@@ -67,36 +84,45 @@ def compare_text(options: CompareOptions, dataset: TextDataset) -> dict[str, Any
     check(options)
     names = system_names(options.models)
     _check_options(options, names, dataset)
-    threads = options.threads or len(os.sched_getaffinity(0))
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # read when the processes below start
-    folder = options.output_dir or Path("comparisons") / _slug(
+    threads = options.threads or available_cores()
+    for name in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS"):  # read when the processes below start
+        os.environ[name] = str(threads)
+    folder = options.output_dir or Path("comparisons") / report.slug(
         f"{Path(options.dataset).name}-seed{options.seed}"
     )
     _open_folder(folder, options, dataset)
+    sample = Sample.of(dataset.splits["test"].texts)
     records: dict[str, dict[str, Any]] = {}
     try:
         for i, (name, spec) in enumerate(names.items(), start=1):
             logger.info("[%d of %d] %s", i, len(names), name)
-            records[name] = _fitted(folder / "systems" / name, spec, options, dataset)
-        ready = {name: names[name] for name in names if not records[name].get("error")}
-        speeds = _timed(folder, ready, options, dataset) if options.rounds and ready else {}
+            records[name] = _fitted(folder / "systems" / name, spec, options, dataset, sample)
+        if options.rounds:
+            _time(folder, records, options, sample)
     except KeyboardInterrupt:
-        logger.error("stopped; the same command goes on with what is missing")
+        logger.error("stopped; the same command, without --overwrite, goes on with what is missing")
         raise
-    comparison = _assemble(folder, options, dataset, records, speeds)
+    comparison = _assemble(folder, options, dataset, records, sample)
     report.write_json(folder / "comparison.json", comparison)
     for file, text in (("md", to_markdown(comparison)), ("html", to_html(comparison))):
         (folder / f"comparison.{file}").write_text(text, encoding="utf-8", errors="replace")
     if not options.quiet:
         print_table(comparison)
     logger.info("the comparison is in %s: open comparison.html", folder)
-    failed = [f"{name} ({entry['error']})" for name, entry in records.items() if entry.get("error")]
-    if failed:
+    failures = [failure for record in records.values() for failure in record["failures"]]
+    if failures:
         raise UserError(
-            f"{len(failed)} of {len(records)} systems failed: {'; '.join(failed)}. The others are "
-            f"in {folder}; the same command tries the failed ones again"
+            f"not everything succeeded: {'; '.join(failures)}. The rest is in {folder}; the same "
+            f"command, without --overwrite, tries what failed again"
         )
     return _summary(comparison, folder)
+
+
+def available_cores() -> int:
+    """Processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 # ---- names and folders -------------------------------------------------------------------------
@@ -113,7 +139,7 @@ def system_names(specs: Sequence[str]) -> dict[str, str]:
         if spec in names.values():
             raise UserError(f"--models names {spec} twice")
         prefix, _, rest = spec.rpartition(":")
-        short = _slug("-".join(filter(None, (prefix, Path(rest).name or rest)))) or "system"
+        short = report.slug("-".join(filter(None, (prefix, Path(rest).name)))) or "system"
         name, n = short, 2
         while name in names:
             name, n = f"{short}-{n}", n + 1
@@ -121,26 +147,28 @@ def system_names(specs: Sequence[str]) -> dict[str, str]:
     return names
 
 
-def _slug(text: str) -> str:
-    return re.sub(r"[^\w.-]+", "_", text).strip("._-")
-
-
 def _check_options(options: CompareOptions, names: dict[str, str], dataset: TextDataset) -> None:
     from nin_text.systems import create
 
-    if options.reference is not None and options.reference not in (*names, *names.values()):
+    tested = {n: spec for n, spec in names.items() if not spec.startswith("architecture:")}
+    if options.reference is not None and options.reference not in (*tested, *tested.values()):
         raise UserError(
-            f"--reference {options.reference} is not among the systems: {', '.join(names)}"
+            f"--reference {options.reference} is not among the systems that are tested: "
+            f"{', '.join(tested) or 'there is none'}"
         )
     for spec in names.values():
         create(spec, options)
-    labelled = len(dataset.splits["train"]) + len(dataset.splits["validation"])
+    least, most = max(SMALLEST_CURVE, 2 * len(dataset.label_names)), _labelled(dataset)
     for size in options.curve:
-        if not SMALLEST_CURVE <= size <= labelled:
+        if not least <= size <= most:
             raise UserError(
-                f"--curve must name numbers between {SMALLEST_CURVE} and the {labelled:,} labelled "
-                f"examples that there are, not {size}"
+                f"--curve must name numbers between {least} and the {most:,} labelled examples "
+                f"that there are, not {size}"
             )
+
+
+def _labelled(dataset: TextDataset) -> int:
+    return len(dataset.splits["train"]) + len(dataset.splits["validation"])
 
 
 def _open_folder(folder: Path, options: CompareOptions, dataset: TextDataset) -> None:
@@ -151,12 +179,16 @@ def _open_folder(folder: Path, options: CompareOptions, dataset: TextDataset) ->
         "limit": options.limit,
         "unlabelled": options.unlabelled,
         "precision": options.precision,
+        "device": str(pick_device(options.device)),
         "seed": options.seed,
     }
     path = folder / OPTIONS_FILE
-    if options.overwrite:
+    if not path.is_file():
+        if (folder / "systems").exists():
+            raise UserError(f"{folder} holds something else; give another --output-dir")
+    elif options.overwrite:
         shutil.rmtree(folder / "systems", ignore_errors=True)
-    elif path.is_file():
+    else:
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
             differing = [name for name, value in decisive.items() if before[name] != value]
@@ -176,29 +208,41 @@ def _open_folder(folder: Path, options: CompareOptions, dataset: TextDataset) ->
 
 
 def _fitted(
-    folder: Path, spec: str, options: CompareOptions, dataset: TextDataset
+    folder: Path, spec: str, options: CompareOptions, dataset: TextDataset, sample: Sample
 ) -> dict[str, Any]:
-    """The record of a system, fitted now unless it has been before."""
-    path = folder / SYSTEM_FILE
-    record: dict[str, Any] = {}
-    if path.is_file():
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if record["spec"] == spec and not _changed(record):
-            logger.info("fitted before: %s", folder)
-        else:
-            record = {}
-            path.unlink()
-    if not record:
+    """The record of a system, fitted now unless it has been before.
+
+    Its `failures` tell, a sentence each, what did not succeed.
+    """
+    path, owner = folder / SYSTEM_FILE, folder / OWNER_FILE
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    named = json.loads(owner.read_text(encoding="utf-8")) if owner.is_file() else None
+    if named != {"spec": spec} or (known and _changed(known)):
+        shutil.rmtree(folder, ignore_errors=True)  # of another system of this name
+        known = None
+    if spec not in PRESET_NAMES:  # the others have no use for unlabelled texts
+        labelled = {name: part for name, part in dataset.splits.items() if name != "unsupervised"}
+        dataset = replace(dataset, splits=labelled)
+    if known is not None:
+        logger.info("fitted before: %s", folder)
+    else:
         folder.mkdir(parents=True, exist_ok=True)
+        report.write_json(owner, {"spec": spec})
         try:
-            record = processes.call(_fit, spec, folder, options, dataset)
+            known = processes.call(_fit, spec, folder, options, dataset, sample)
         except UserError as error:
             logger.error("%s failed: %s", spec, error)
-            return {"error": str(error), "spec": spec}
-        report.write_json(path, record)
+            return {"spec": spec, "error": str(error), "failures": [f"{folder.name}: {error}"]}
+        report.write_json(path, known)
+    record = known | {"failures": []}
     if record["kind"] != "architecture" and "run_modified" not in record:
         for size in options.curve:
-            _curve_point(folder, spec, size, options, dataset)
+            try:
+                _curve_point(folder, spec, size, options, dataset, sample)
+            except UserError as error:
+                logger.error("%s failed on %d examples: %s", spec, size, error)
+                failure = f"{folder.name} on {size} labelled examples: {error}"
+                record["failures"].append(failure)
     return record
 
 
@@ -215,19 +259,19 @@ def _modified(spec: str) -> float:
 
 
 def _curve_point(
-    folder: Path, spec: str, size: int, options: CompareOptions, dataset: TextDataset
+    folder: Path,
+    spec: str,
+    size: int,
+    options: CompareOptions,
+    dataset: TextDataset,
+    sample: Sample,
 ) -> None:
-    path = folder / f"curve-{size}.json"
+    path, part = folder / f"curve-{size}.json", folder / f"curve-{size}"
     if path.is_file():
         return
     logger.info("%s on %s labelled examples", folder.name, f"{size:,}")
-    part = folder / f"curve-{size}"
     part.mkdir(exist_ok=True)
-    try:
-        record = processes.call(_fit, spec, part, options, reduced(dataset, size))
-    except UserError as error:
-        logger.error("%s failed on %d examples: %s", spec, size, error)
-        return
+    record = processes.call(_fit, spec, part, options, reduced(dataset, size), sample)
     truth = np.array(dataset.splits["test"].labels)
     answers = load_file(part / ANSWERS_FILE)["test"]
     accuracy = float((answers.argmax(axis=1) == truth).mean())
@@ -254,12 +298,18 @@ def _take(split: Split, size: int) -> Split:
     order = np.random.default_rng(SPLIT_SEED).permutation(len(split))
     labels = np.asarray(split.labels)[order]
     _, first = np.unique(labels, return_index=True)
+    first.sort()  # by that order, not by class: the split may have fewer examples than classes
     order = np.concatenate([order[first], np.delete(order, first)])
     return split.take(order[:size].tolist())
 
 
 def _fit(
-    spec: str, folder: Path, options: CompareOptions, dataset: TextDataset, connection: Connection
+    spec: str,
+    folder: Path,
+    options: CompareOptions,
+    dataset: TextDataset,
+    sample: Sample,
+    connection: Connection,
 ) -> dict[str, Any]:
     """Fit one system, leave its answers, and tell what it cost; runs in a process of its own."""
     import torch
@@ -270,17 +320,19 @@ def _fit(
     system = create(spec, options)
     clock = time.perf_counter()
     fit = system.fit(dataset, folder)
-    record = {
+    record: dict[str, Any] = {
         "spec": spec,
         "kind": system.kind,
         "description": system.description,
         "settings": fit.settings,
+        "warning": fit.warning,
         "train_seconds": round(time.perf_counter() - clock, 2),
         "train_threads": THREADS.get(system.kind, torch.get_num_threads()),
         "train_peak_memory_mb": round(report.peak_memory_mb(), 1),
         **(fit.record or {}),
     }
     system.load(folder)
+    record |= benchmark.measure_cost(system, sample)
     if system.kind == "architecture":
         record |= {"train_seconds": None, "train_threads": None, "train_peak_memory_mb": None}
     else:
@@ -301,55 +353,70 @@ def _fit(
 # ---- timing ------------------------------------------------------------------------------------
 
 
-def _timed(
-    folder: Path, names: dict[str, str], options: CompareOptions, dataset: TextDataset
-) -> dict[str, dict[str, Any]]:
-    """Speed, cost and memory of every system that can be loaded, all processes alive at once."""
-    texts = dataset.splits["test"].texts
-    started, speeds = {}, {}
+def _time(
+    folder: Path, records: dict[str, dict[str, Any]], options: CompareOptions, sample: Sample
+) -> None:
+    """Add `speed` to the record of every system; all their processes are alive at once."""
+    running: dict[str, processes.Child] = {}
+
+    def ask(name: str, what: str | None = None) -> Any:
+        """An answer of a process; one that fails is told about and has no more turns."""
+        try:
+            if what is not None:
+                running[name].send(what)
+            return running[name].receive()
+        except UserError as error:
+            logger.error("%s could not be timed: %s", name, error)
+            records[name]["failures"].append(f"{name} could not be timed: {error}")
+            running.pop(name).kill()
+
     try:
-        for name, spec in names.items():
-            place = folder / "systems" / name
-            started[name] = processes.start(_answer_rounds, spec, place, options, texts)
-            logger.info("warming up %s", name)
-            speeds[name] = started[name].receive()
+        for name, record in records.items():
+            if "error" not in record:
+                place = folder / "systems" / name
+                running[name] = processes.start(_answer_rounds, record, place, options, sample)
+                logger.info("warming up %s", name)
+                ask(name)
         for turn in range(options.rounds):
             logger.info("timing, round %d of %d", turn + 1, options.rounds)
-            order = list(started)
-            first = turn % len(order)
+            order = list(running)
+            first = turn % max(len(order), 1)
             for name in order[first:] + order[:first]:  # each is first once in a while
-                started[name].send("round")
-                started[name].receive()
-        for name, child in started.items():
-            child.send("summary")
-            speeds[name] |= child.receive()
+                ask(name, "round")
+        for name in list(running):
+            records[name]["speed"] = ask(name, "summary")
+        for child in running.values():
             child.join()
     finally:
-        for child in started.values():
+        for child in running.values():
             child.kill()
-    return speeds
 
 
 def _answer_rounds(
-    spec: str, folder: Path, options: CompareOptions, texts: list[str], connection: Connection
+    record: dict[str, Any],
+    folder: Path,
+    options: CompareOptions,
+    sample: Sample,
+    connection: Connection,
 ) -> dict[str, Any]:
     """Load a system and time it whenever asked; runs in a process of its own."""
     import torch
 
-    from nin_text import benchmark
     from nin_text.systems import create
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    system = create(spec, options)
+    system = create(record["spec"], options)
     system.load(folder)
-    sample = benchmark.Sample.of(texts)
-    connection.send(("result", benchmark.warm_up(system, sample)))
+    if "batch_tokens" in record:
+        system.batch_tokens = record["batch_tokens"]  # type: ignore[attr-defined]
+    benchmark.warm_up(system, sample)
+    connection.send(("result", None))
     rounds = []
     while connection.recv() == "round":
         rounds.append(benchmark.time_round(system, sample))
         connection.send(("result", None))
     speed = benchmark.summarize(rounds, sample)
-    return {"speed": speed | {"peak_memory_mb": round(report.peak_memory_mb(), 1)}}
+    return speed | {"peak_memory_mb": round(report.peak_memory_mb(), 1)}
 
 
 # ---- the comparison ----------------------------------------------------------------------------
@@ -360,32 +427,26 @@ def _assemble(
     options: CompareOptions,
     dataset: TextDataset,
     records: dict[str, dict[str, Any]],
-    speeds: dict[str, dict[str, Any]],
+    sample: Sample,
 ) -> dict[str, Any]:
     """Everything that there is to say, as `comparison_report` expects it."""
-    import torch
-
-    from nin_text import benchmark
-    from nin_text.device import pick_device, use_bf16
-
     device = pick_device(options.device)
     tested = {
         name: _judge(folder / "systems" / name, dataset)
         for name, record in records.items()
-        if not record.get("error") and record["kind"] != "architecture"
+        if "error" not in record and record["kind"] != "architecture"
     }
     reference = _reference(options, records, tested)
     entries = []
     for name, record in records.items():
-        entry = _entry(name, record, options.dataset) | speeds.get(name, {})
-        entry["curve"] = _curve(folder / "systems" / name, options)
+        entry = _entry(name, record, options)
         if name in tested:
             judged, correct = tested[name]
             entry |= judged
+            entry["curve"] = _curve(folder / "systems" / name, options, dataset, judged)
             if reference != name:
                 entry["versus_reference"] = paired_difference(correct, tested[reference][1])
         entries.append(entry)
-    sample = benchmark.Sample.of(dataset.splits["test"].texts)
     threads = int(os.environ["OMP_NUM_THREADS"])
     return {
         "dataset": options.dataset,
@@ -394,12 +455,12 @@ def _assemble(
         "label_names": dataset.label_names,
         **{f"{split}_examples": len(dataset.splits[split]) for split in ("train", "validation")},
         "test_examples": len(dataset.splits["test"]),
-        "notes": [*dataset.notes, *_notes(dataset)],
+        "notes": [*dataset.notes, *_notes(dataset, records, options)],
         "command": report.command(),
         "environment": report.environment(device) | {"threads": threads},
         "reference": reference,
         "seed": options.seed,
-        "precision": "bf16" if use_bf16(options.precision, torch.device(device)) else "fp32",
+        "precision": "bf16" if use_bf16(options.precision, device) else "fp32",
         "timing": {
             "rounds": options.rounds,
             "threads": threads,
@@ -407,7 +468,7 @@ def _assemble(
             "mean_tokens": float(sample.tokens.mean()),
             "left_out": benchmark.LEFT_OUT,
         }
-        if speeds
+        if options.rounds
         else None,
         "systems": entries,
     }
@@ -427,7 +488,7 @@ def _reference(
 def _judge(folder: Path, dataset: TextDataset) -> tuple[dict[str, Any], np.ndarray]:
     """Quality of a system's answers, and (n,) where it was right."""
     answers = load_file(folder / ANSWERS_FILE)
-    logits = {name: np.log(np.maximum(p, LEAST_PROBABILITY)) for name, p in answers.items()}
+    logits = {name: np.log(np.maximum(p, FLOOR)) for name, p in answers.items()}
     validation, test = dataset.splits["validation"], dataset.splits["test"]
     # One temperature for each system (Guo et al. 2017), so that log loss and calibration error
     # compare what a system knows, not whether its makers have thought of scaling.
@@ -458,40 +519,54 @@ def _by_length(lengths: np.ndarray, correct: np.ndarray) -> list[dict[str, Any]]
     return bins
 
 
-def _entry(name: str, record: dict[str, Any], dataset: str) -> dict[str, Any]:
-    """A system's entry before anything is known of its quality or speed."""
-    empty = (
-        "kind description settings cited test validation versus_reference parameters "
+def _entry(name: str, record: dict[str, Any], options: CompareOptions) -> dict[str, Any]:
+    """A system's entry before anything is known of its quality."""
+    keys = (
+        "kind description settings cited test validation versus_reference parameters batch_tokens "
         "macs_per_token bytes_on_disk train_seconds train_threads train_peak_memory_mb speed error"
     ).split()
-    entry = {key: record.get(key) for key in empty} | {"name": name, "by_length": []}
-    if record.get("error"):
-        return entry | {"kind": "network", "description": "", "settings": {}}
-    if record["kind"] == "architecture":
-        cited = ARCHITECTURES[record["spec"].partition(":")[2]]["cited"].get(dataset)
+    entry = {key: record.get(key) for key in keys} | {"name": name, "by_length": [], "curve": []}
+    if "error" in record:
+        return entry | {"kind": "failed", "description": "", "settings": {}}
+    if record["kind"] == "architecture" and options.limit is None:
+        cited = ARCHITECTURES[record["spec"].partition(":")[2]]["cited"].get(options.dataset)
         if cited is not None:
             entry["cited"] = {"accuracy": cited[0], "source": cited[1]}
     return entry
 
 
-def _curve(folder: Path, options: CompareOptions) -> list[dict[str, Any]]:
-    points = [folder / f"curve-{size}.json" for size in sorted(set(options.curve))]
-    return [json.loads(path.read_text(encoding="utf-8")) for path in points if path.is_file()]
+def _curve(
+    folder: Path, options: CompareOptions, dataset: TextDataset, judged: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Test accuracy against labelled examples, all of them included."""
+    paths = [folder / f"curve-{size}.json" for size in sorted(set(options.curve))]
+    points = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
+    whole = {"examples": _labelled(dataset), "accuracy": judged["test"]["accuracy"]}
+    return [*points, whole] if points else []
 
 
-def _notes(dataset: TextDataset) -> list[str]:
+def _notes(
+    dataset: TextDataset, records: dict[str, dict[str, Any]], options: CompareOptions
+) -> list[str]:
     notes = [
         "every system was trained once: intervals tell how much the test split's size matters, "
         "not how much another seed would",
+        "training seconds are all that it took to make the classifier from the texts in memory: "
+        "tokenization, tuning (several candidates for linear models, fastText and frozen "
+        "encoders) and the last fit; scoring the test split is left out",
         "log loss and calibration error are those after temperature scaling on the validation "
         "split, for every system",
         "tokens are words and punctuation marks, counted alike for every system",
         "linear models use one thread, and so does fastText when it answers; it trains with 12",
+        "a batch of 32 texts may be cut in smaller ones by the batch size that was fastest",
     ]
-    if "unsupervised" in dataset.splits:
+    if "unsupervised" in dataset.splits and any(r.get("kind") == "nin" for r in records.values()):
         texts = len(dataset.splits["unsupervised"])
         notes.append(f"NiN presets also learn from {texts:,} unlabelled texts; the others cannot")
-    return notes
+    if pick_device(options.device).type != "cpu":
+        notes.append("memory is that of the host, not of the device")
+    warnings = [record["warning"] for record in records.values() if record.get("warning")]
+    return notes + warnings + [f for record in records.values() for f in record["failures"]]
 
 
 def _summary(comparison: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -224,9 +224,12 @@ def _title(comparison: dict[str, Any]) -> str:
 
 def _sections(comparison: dict[str, Any]) -> list[tuple[str, list[Block]]]:
     systems = _ranked(comparison)
+    curve = _curve_table(systems)
+    learning: list[tuple[str, list[Block]]] = [("Learning curve", [curve])] if curve else []
     return [
         ("In short", [_headline(systems, comparison["reference"])]),
         ("Accuracy", _quality(comparison, systems)),
+        *learning,
         ("Cost", _cost(comparison["timing"], systems)),
         ("How each system was tuned", [[_tuning(system) for system in systems]]),
         ("Data and environment", [_conditions(comparison)]),
@@ -312,6 +315,22 @@ def _cost(timing: dict[str, Any] | None, systems: Sequence[System]) -> list[Bloc
     if timing and timing["left_out"]:
         blocks += ["What the timer leaves out:", timing["left_out"]]
     return blocks
+
+
+def _curve_table(systems: Sequence[System]) -> Table | None:
+    """Test accuracy for each number of labelled examples that systems were trained on."""
+    curves = {
+        s["number"]: {p["examples"]: p["accuracy"] for p in s["curve"] or []} for s in systems
+    }
+    sizes = sorted({size for curve in curves.values() for size in curve})
+    rows = [
+        [str(s["number"]), s["name"], *(_percent(curves[s["number"]].get(n)) for n in sizes)]
+        for s in systems
+        if curves[s["number"]]
+    ]
+    header = ["no.", "system", *(f"{_count(size)} examples" for size in sizes)]
+    title = "Test accuracy, %, by labelled examples (training and validation)"
+    return Table(title, header, rows) if rows else None
 
 
 def _tuning(system: System) -> str:
@@ -463,7 +482,7 @@ def _plots(systems: Sequence[System]) -> list[Plot]:
         (s, sorted((p["examples"], p["accuracy"]) for p in s["curve"] or [])) for s in systems
     ]
     if any(len(points) > 1 for _, points in curves):
-        plots.append(_plot(curves, "training examples", _count))
+        plots.append(_plot(curves, "labelled examples", _count))
     sizes = {(b["from"], b["to"]): b["n"] for s in systems for b in s["by_length"] or []}
     bins = sorted(sizes)
     names = [f"{low:,} to\n{high:,}\n(n = {sizes[low, high]:,})" for low, high in bins]

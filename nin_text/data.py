@@ -97,10 +97,16 @@ class TextDataset:
     splits: dict[str, Split]
     notes: list[str] = field(default_factory=list)
 
-    def fingerprint(self) -> str:
-        """A hash of every text and label of every split that was read, in order."""
+    def fingerprint(self, *, labelled: bool = False) -> str:
+        """A hash of every text and label of every split that was read, in order.
+
+        Args:
+            labelled: leave out the unlabelled texts.
+        """
         digest = hashlib.sha256()
         for split in [name for name in readers.SPLIT_NAMES if name in self.splits]:
+            if labelled and split == "unsupervised":
+                continue
             for text, label in zip(
                 self.splits[split].texts, self.splits[split].labels, strict=True
             ):

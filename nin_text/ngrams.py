@@ -176,10 +176,34 @@ def fit(
         labels: (n,) class index of each text.
         class_weights: factor on the loss of each class.
     """
-    classes = len(branch.bias)
     counts = features(rows, branch.size, branch.buckets)
     sample_weight = None if class_weights is None else np.asarray(class_weights)[labels]
-    weight: np.ndarray = np.zeros((branch.buckets, classes), dtype=np.float32)
+    weight, bias = fit_linear(counts, labels, len(branch.bias), sample_weight=sample_weight)
+    branch.weight.copy_(torch.from_numpy(weight))
+    branch.bias.copy_(torch.from_numpy(bias))
+
+
+def fit_linear(
+    counts: sparse.csr_matrix,
+    labels: np.ndarray,
+    classes: int,
+    *,
+    c: float = INVERSE_REGULARIZATION,
+    sample_weight: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """One NB-weighted logistic regression for each class against all others; of two, one does.
+
+    Args:
+        counts: (n, V) ones where a text has a feature.
+        labels: (n,) class indices.
+        classes: K.
+        c: inverse regularization.
+        sample_weight: (n,) factor on the loss of each text.
+
+    Returns:
+        Weight (V, K) and bias (K,) of the logits.
+    """
+    weight: np.ndarray = np.zeros((counts.shape[1], classes), dtype=np.float32)
     bias: np.ndarray = np.zeros(classes, dtype=np.float32)
     for label in [1] if classes == 2 else range(classes):
         is_label = labels == label
@@ -188,15 +212,14 @@ def fit(
             continue
         if is_label.all():
             continue
-        weight[:, label], bias[label] = _fit_one(counts, is_label, sample_weight)
+        weight[:, label], bias[label] = _fit_one(counts, is_label, c, sample_weight)
     if classes == 2:
         weight = np.stack([-weight[:, 1], weight[:, 1]], axis=1) / 2
         bias = np.array([-bias[1], bias[1]], dtype=np.float32) / 2
-    branch.weight.copy_(torch.from_numpy(weight))
-    branch.bias.copy_(torch.from_numpy(bias))
+    return weight, bias
 
 
-def log_count_ratio(counts: sparse.csr_matrix, is_label: np.ndarray) -> np.ndarray:
+def _log_count_ratio(counts: sparse.csr_matrix, is_label: np.ndarray) -> np.ndarray:
     """(V,) log of how much more often each feature occurs inside a class than outside.
 
     Args:
@@ -210,14 +233,12 @@ def log_count_ratio(counts: sparse.csr_matrix, is_label: np.ndarray) -> np.ndarr
 
 
 def _fit_one(
-    counts: sparse.csr_matrix, is_label: np.ndarray, sample_weight: np.ndarray | None
+    counts: sparse.csr_matrix, is_label: np.ndarray, c: float, sample_weight: np.ndarray | None
 ) -> tuple[np.ndarray, float]:
     """Weight (buckets,) and bias of "is it this class?"."""
-    ratio = log_count_ratio(counts, is_label)
+    ratio = _log_count_ratio(counts, is_label)
     scaled = sparse.csr_matrix((ratio[counts.indices], counts.indices, counts.indptr), counts.shape)
-    regression = LogisticRegression(
-        C=INVERSE_REGULARIZATION, solver="liblinear", dual=True, tol=0.01, random_state=0
-    )
+    regression = LogisticRegression(C=c, solver="liblinear", dual=True, tol=0.01, random_state=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # near enough, after 100 passes
         regression.fit(scaled, is_label, sample_weight)

@@ -40,6 +40,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         },
     },
 }
+DEFAULT_SYSTEMS = ("nin-text-small", "nin-text-base", FASTTEXT, *LINEAR_NAMES, "kim-cnn")
 QUICK_LIMIT, QUICK_ROUNDS = 1000, 2
 
 MIN_BATCHES = 50
@@ -129,7 +130,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "kim-cnn": _FROM_SCRATCH,
     "dpcnn": _FROM_SCRATCH,
     "bilstm": _FROM_SCRATCH,
-    "transformer": {**_FROM_SCRATCH, "learning_rate": 3e-4, "max_length": 512},
+    "transformer": {**_FROM_SCRATCH, "max_length": 512},
     "demo_reviews": {"epochs": 10},
     "demo_topics": {"epochs": 10},
     "imdb": {"pretrain_epochs": 2, "epochs": 2},
@@ -286,7 +287,7 @@ class CompareOptions(CommonOptions, DataOptions):
         f"train_text.py, hub ids or folders of transformers ({', '.join(PACKAGED)} needs no hub), "
         f"fine-tuned or, as frozen:ID, with a linear head; architecture:NAME "
         f"({', '.join(ARCHITECTURES)}) measures the speed of one with random weights",
-        ("nin-text-small", "nin-text-base", FASTTEXT, *LINEAR_NAMES, "kim-cnn"),
+        DEFAULT_SYSTEMS,
         nargs="+",
         metavar="SYSTEM",
     )

@@ -99,6 +99,8 @@ def start(work: Callable[..., Any], *arguments: Any) -> Child:
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         process.start()
+    except OSError as error:  # it died while its arguments were handed over
+        raise UserError(f"a process could not be started ({error})") from error
     finally:
         signal.signal(signal.SIGINT, handler)
     there.close()

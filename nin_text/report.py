@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import resource
 import shlex
 import sys
@@ -23,8 +24,14 @@ METRICS_FILE = "metrics.json"
 def write_json(path: Path, value: Any) -> None:
     """Write JSON aside and rename it into place, so that no reader sees half of it."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    aside.write_text(text, encoding="utf-8", errors="replace")  # lone surrogates cannot be encoded
     aside.replace(path)
+
+
+def slug(text: str) -> str:
+    """A text as the name of a file or folder."""
+    return re.sub(r"[^\w.-]+", "_", text).strip("._-")
 
 
 def command() -> str:
@@ -36,6 +43,11 @@ def command() -> str:
 
 def peak_memory_mb() -> float:
     """Most memory that this process has held so far, in MiB; on Linux and macOS."""
+    try:  # getrusage would tell the peak of the process that started this one, if that was larger
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return int(status.partition("VmHWM:")[2].split(maxsplit=1)[0]) / 2**10
+    except (OSError, IndexError, ValueError):
+        pass
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 

@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import json
 import logging
-import re
 import shutil
 import time
 from pathlib import Path
@@ -83,7 +82,10 @@ def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dic
         device,
     )
     try:
+        clock = time.perf_counter()
         trainer, seconds, ngram_scale = _train(options, folder, device, model, tokenizer, encoded)
+        # Of a resumed run, the seconds before count as well.
+        before = max(0.0, sum(seconds.values()) - (time.perf_counter() - clock))
     except KeyboardInterrupt:
         logger.error("stopped; the same command with --resume goes on from the last whole epoch")
         raise
@@ -92,6 +94,9 @@ def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dic
     for split in ("validation", "test"):
         if split == "test" and options.ngrams:
             stages.refit_ngrams(trainer, encoded["train"], ngram_scale)
+        if split == "test":  # all that it took to make the classifier, reading the data left out
+            metrics["fit_seconds"] = round(before + time.perf_counter() - started, 2)
+            metrics["fit_peak_memory_mb"] = round(report.peak_memory_mb(), 1)
         clock = time.perf_counter()
         logits = trainer.logits(encoded[split], progress=f"evaluating {split}")
         elapsed = round(time.perf_counter() - clock, 2)
@@ -108,7 +113,7 @@ def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dic
 
 def _run_name(options: TrainOptions) -> str:
     parts = [Path(options.dataset).name, Path(options.model).name, f"seed{options.seed}"]
-    return "-".join(re.sub(r"[^\w.-]+", "_", part).strip("._-") for part in parts)
+    return "-".join(map(report.slug, parts))
 
 
 def _record(options: TrainOptions, dataset: TextDataset) -> dict[str, Any]:
@@ -188,6 +193,7 @@ def _metrics(
         "dataset": options.dataset,
         "data_source": dataset.source,
         "data_fingerprint": record["data_fingerprint"],
+        "labelled_fingerprint": dataset.fingerprint(labelled=True),
         "notes": dataset.notes,
         "label_names": dataset.label_names,
         "train_examples": len(dataset.splits["train"]),

@@ -19,6 +19,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 from sklearn.linear_model import LogisticRegression
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
@@ -86,12 +87,13 @@ def create(spec: str, options: CompareOptions) -> System:
         return FrozenEncoder(spec.removeprefix("frozen:"), options)
     if spec.startswith("architecture:"):
         return Architecture(spec.removeprefix("architecture:"), options)
-    if (Path(spec) / METRICS_FILE).is_file():
-        return SavedRun(spec, options)
     if not spec:
         raise UserError("--models has an empty name")
-    known = spec in (*PRESET_NAMES, *NETWORK_NAMES, *PACKAGED)
-    if not known and not Path(spec).is_dir() and spec.count("/") != 1:
+    if spec in (*PRESET_NAMES, *NETWORK_NAMES, *PACKAGED):
+        return TrainedNetwork(spec, options)
+    if (Path(spec) / METRICS_FILE).is_file():
+        return SavedRun(spec, options)
+    if not Path(spec).is_dir() and spec.count("/") != 1:
         names = ", ".join([*PRESET_NAMES, *NETWORK_NAMES, *LINEAR_NAMES, FASTTEXT, *PACKAGED])
         raise UserError(
             f"there is no system {spec!r}: it is not one of {names}, not a folder, not a hub id "
@@ -146,8 +148,8 @@ class _Network:
         return network_cost(self.model, self._encode(texts), self.tokenizer.pad_token_id or 0)
 
     def files(self, folder: Path) -> list[Path]:
-        names = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-        return [folder / name for name in names]
+        patterns = ("config.json", "model*.safetensors", "tokenizer*", "vocab*", "merges.txt")
+        return [file for pattern in patterns for file in sorted(folder.glob(pattern))]
 
 
 class TrainedNetwork(_Network):
@@ -160,7 +162,9 @@ class TrainedNetwork(_Network):
             self.kind = "nin"
             self.description = (
                 "Network in Network with n-gram evidence, trained with its recipe for this data "
-                "set; the best pass by validation accuracy is kept."
+                "set. The best pass by validation accuracy is kept, network and n-grams are "
+                "weighed on the validation split, then the n-grams are fitted again to training "
+                "and validation split."
             )
         elif spec in NETWORK_NAMES:
             self.description = (
@@ -195,26 +199,31 @@ class SavedRun(_Network):
     def __init__(self, spec: str, options: CompareOptions) -> None:
         super().__init__(options)
         self.folder = Path(spec)
-        metrics = json.loads((self.folder / METRICS_FILE).read_text(encoding="utf-8"))
-        named = TrainedNetwork(metrics["model"], options)
+        try:
+            self.metrics = json.loads((self.folder / METRICS_FILE).read_text(encoding="utf-8"))
+            named = TrainedNetwork(self.metrics["model"], options)
+            command, machine = self.metrics["command"], self.metrics["environment"]
+            self.description = (
+                f"{named.description} Trained before, on {machine['device']} of "
+                f"{machine['processor']}: {command}"
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{spec} is not the folder of a finished run ({error})") from error
         self.kind = named.kind
-        self.description = f"{named.description} Trained before: {metrics['command']}"
 
     def fit(self, dataset: TextDataset, folder: Path) -> Fit:
-        metrics = json.loads((self.folder / METRICS_FILE).read_text(encoding="utf-8"))
-        if metrics["label_names"] != dataset.label_names:
+        names = self.metrics["label_names"]
+        if names != dataset.label_names:
             raise UserError(
-                f"{self.folder} knows the classes {', '.join(metrics['label_names'][:10])}, not "
-                f"those of {dataset.name}: {', '.join(dataset.label_names[:10])}"
+                f"{self.folder} knows the classes {', '.join(names[:10])}, not those of "
+                f"{dataset.name}: {', '.join(dataset.label_names[:10])}"
             )
         fit = _run_fit(self.folder)
-        without = {name: part for name, part in dataset.splits.items() if name != "unsupervised"}
-        alone = TextDataset(dataset.name, dataset.source, dataset.label_names, without)
-        if metrics["data_fingerprint"] not in (dataset.fingerprint(), alone.fingerprint()):
+        if self.metrics["labelled_fingerprint"] != dataset.fingerprint(labelled=True):
             fit.validation = fit.test = None  # of other texts
-            fit.settings["warning"] = (
-                "trained on other data than this comparison's: its training texts may be among "
-                "the test texts"
+            fit.warning = (
+                f"{self.folder} was trained on other data than the other systems: its training "
+                f"texts may be among the test texts"
             )
         return fit
 
@@ -236,9 +245,9 @@ def _run_fit(folder: Path) -> Fit:
     settings = {name: metrics["options"].get(name) for name in names}
     settings |= {name: metrics[name] for name in ("epochs_run", "best_epoch")}
     record = {
-        "train_seconds": metrics["total_seconds"],
+        "train_seconds": metrics["fit_seconds"],
         "train_threads": metrics["environment"]["threads"],
-        "train_peak_memory_mb": metrics["peak_memory_mb"],
+        "train_peak_memory_mb": metrics["fit_peak_memory_mb"],
     }
     answers = load_file(folder / ANSWERS_FILE) if (folder / ANSWERS_FILE).is_file() else {}
     return Fit(settings, answers.get("validation"), answers.get("test"), record)
@@ -345,8 +354,8 @@ class FrozenEncoder(_Network):
         return self._features(texts) @ self.head["weight"] + self.head["bias"]
 
     def files(self, folder: Path) -> list[Path]:
-        encoder = [file for file in super().files(Path(self.folder)) if file.is_file()]
-        return [folder / "head.safetensors", *encoder]  # of a hub id, the head alone
+        encoder = super().files(Path(self.folder))
+        return [folder / "head.safetensors", *encoder] if encoder else []
 
 
 class _MeanPooled(nn.Module):
@@ -373,21 +382,26 @@ def network_cost(
 ) -> dict[str, float]:
     """Parameters, and the multiply-accumulates of each text alone (no padding).
 
-    Counted by torch's FlopCounterMode, which sees matrix products, convolutions and attention; what
-    recurrent layers spend inside their fused kernels is added by formula.
+    Counted by torch's FlopCounterMode, which sees matrix products and convolutions, but not into
+    fused attention and fused transformer layers: these are computed step by step for it. Nor does
+    it see into the fused LSTM of a GPU.
     """
     device = next(model.parameters()).device
-    recurrent = 0.0
-    for module in model.modules():
-        if isinstance(module, nn.LSTM):
-            gates = 4 * module.hidden_size * (module.input_size + module.hidden_size)
-            recurrent += gates * (1 + module.bidirectional) * sum(len(row) for row in rows)
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        for row in rows:
-            input_ids, attention_mask = pad([row], pad_token_id)
-            model(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device))
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with (
+            torch.inference_mode(),
+            sdpa_kernel(SDPBackend.MATH),
+            FlopCounterMode(display=False) as counter,
+        ):
+            for row in rows:
+                input_ids, attention_mask = pad([row], pad_token_id)
+                model(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
     tables = sum(buffer.numel() for name, buffer in model.named_buffers() if "ngrams" in name)
     return {
         "parameters": sum(p.numel() for p in model.parameters()) + tables,
-        "macs": counter.get_total_flops() / 2 + recurrent,
+        "macs": counter.get_total_flops() / 2,
     }

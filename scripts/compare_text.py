@@ -1,8 +1,9 @@
 """Compare classifiers on one data set: quality, cost and speed, on one page.
 
-Every system gets the same splits; each is tuned on the validation split, tested once, and timed in
-turn with the others. The folder that it leaves holds comparison.html, comparison.md and
-comparison.json. The same command goes on with what is missing after it was stopped.
+Every system gets the same splits; what is chosen is chosen on the validation split; each is tested
+once, and timed in turn with the others. The folder that it leaves holds comparison.html,
+comparison.md and comparison.json. The same command goes on with what is missing after it was
+stopped.
 """
 
 from typing import Any
@@ -24,9 +25,9 @@ def main() -> None:
 
     def work() -> dict[str, Any]:
         check(options)
-        from nin_text.comparison import compare_text, with_quick
+        from nin_text.comparison import compare_text, with_defaults
 
-        chosen = with_quick(options)
+        chosen = with_defaults(options)
         return compare_text(chosen, load_text_dataset(chosen.dataset, **chosen.arguments()))
 
     cli.run(work)

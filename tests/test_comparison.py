@@ -17,10 +17,11 @@ import pytest
 from conftest import ROOT, Script
 from safetensors.numpy import load_file
 from scipy.stats import binomtest
+from test_systems import tiny_bert
 
-from nin_text import UserError, benchmark, load_text_dataset, processes
+from nin_text import UserError, benchmark, load_text_dataset, processes, report
 from nin_text.benchmark import Sample
-from nin_text.comparison import compare_text, reduced, system_names, with_quick
+from nin_text.comparison import compare_text, reduced, system_names, with_defaults
 from nin_text.evaluation import paired_difference
 from nin_text.options import CompareOptions
 
@@ -75,7 +76,8 @@ def test_the_table_on_a_strangers_csv_is_right(script: Script, pets: Path, tmp_p
         assert sum(b["n"] for b in entry["by_length"]) == len(truth)
         assert entry["bytes_on_disk"] > 0
         assert entry["speed"]["1"]["documents_per_second"] > 0
-        assert [point["examples"] for point in entry["curve"]] == [30, 200]
+        assert [point["examples"] for point in entry["curve"]] == [30, 200, 270]
+        assert not any((tmp_path / "out" / "systems" / entry["name"]).glob("curve-*/"))
     svm, reference = comparison["systems"]
     assert reference["versus_reference"] is None
     only = int((right["tfidf-svm"] & ~right["nb-logreg"]).sum())
@@ -134,7 +136,9 @@ def test_ctrl_c_ends_the_children_too(pets: Path, tmp_path: Path) -> None:
     process = subprocess.Popen(
         command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    while not (tmp_path / "out" / "systems" / "kim-cnn" / "options.json").is_file():
+    deadline = time.monotonic() + 120
+    begun = tmp_path / "out" / "systems" / "kim-cnn" / "options.json"
+    while not begun.is_file() and time.monotonic() < deadline:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
@@ -144,7 +148,7 @@ def test_ctrl_c_ends_the_children_too(pets: Path, tmp_path: Path) -> None:
 
 def test_a_system_that_fails_is_a_row_and_the_others_are_there(pets: Path, tmp_path: Path) -> None:
     (tmp_path / "broken").mkdir()
-    with pytest.raises(UserError, match=r"1 of 2 systems failed: broken \(.*config\.json"):
+    with pytest.raises(UserError, match=r"not everything succeeded: broken: .*config\.json"):
         compare(pets, tmp_path / "out", str(tmp_path / "broken"), "tfidf-svm")
     broken, svm = read(tmp_path / "out")["systems"]
     assert "config.json" in broken["error"]
@@ -157,7 +161,7 @@ def test_a_saved_run_is_compared_by_the_answers_it_left(trained: Path, tmp_path:
     metrics = json.loads((trained / "metrics.json").read_text())
     assert run["kind"] == "nin"
     assert run["test"]["accuracy"] == metrics["test"]["accuracy"]
-    assert run["train_seconds"] == metrics["total_seconds"]
+    assert run["train_seconds"] == metrics["fit_seconds"] < metrics["total_seconds"]
     assert result["systems"][run["name"]]["documents_per_second"] > 0
     left = load_file(tmp_path / "out" / "systems" / run["name"] / "answers.safetensors")
     assert (left["test"] == load_file(trained / "answers.safetensors")["test"]).all()
@@ -201,9 +205,15 @@ def test_names_are_short_distinct_and_safe() -> None:
 
 
 def test_quick_is_a_subset() -> None:
-    assert with_quick(CompareOptions(quick=True)).limit == 1000
-    assert with_quick(CompareOptions(quick=True, limit=7)).limit == 7
-    assert with_quick(CompareOptions()).limit is None
+    assert with_defaults(CompareOptions(quick=True)).limit == 1000
+    assert with_defaults(CompareOptions(quick=True, limit=7)).limit == 7
+    assert with_defaults(CompareOptions()).limit is None
+
+
+def test_the_default_leaves_out_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "fasttext" not in with_defaults(CompareOptions()).models
+    assert "fasttext" in with_defaults(CompareOptions(models=["fasttext"])).models
 
 
 def test_reduced_data_are_nested_and_have_every_class() -> None:
@@ -252,8 +262,9 @@ def test_speeds_are_texts_by_seconds() -> None:
     """Every text takes at least half a millisecond, so no rate may be above 2,000 a second."""
     sample = Sample.of(["one two three four"] * 300)
     system = Slow()
-    cost = benchmark.warm_up(system, sample)  # type: ignore[arg-type]
+    cost = benchmark.measure_cost(system, sample)  # type: ignore[arg-type]
     assert cost == {"parameters": 3, "macs_per_token": 2.5}
+    benchmark.warm_up(system, sample)  # type: ignore[arg-type]
     system.batches.clear()
     rounds = [benchmark.time_round(system, sample) for _ in range(3)]  # type: ignore[arg-type]
     assert set(system.batches) >= {1, 32, 300}
@@ -268,6 +279,20 @@ def test_speeds_are_texts_by_seconds() -> None:
     assert summary["latency_n"] == 150
 
 
+def test_the_fastest_batch_is_found_and_too_large_ones_are_passed_over() -> None:
+    class Network(Slow):
+        batch_tokens = 0
+
+        def probabilities(self, texts: list[str]) -> np.ndarray:
+            if self.batch_tokens == benchmark.BATCH_TOKENS[2]:
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+            time.sleep(0.02 if self.batch_tokens == benchmark.BATCH_TOKENS[1] else 0.08)
+            return np.ones((len(texts), 2)) / 2
+
+    cost = benchmark.measure_cost(Network(), Sample.of(["a b"] * 9))  # type: ignore[arg-type]
+    assert cost["batch_tokens"] == benchmark.BATCH_TOKENS[1]
+
+
 def test_every_system_gets_the_same_sample() -> None:
     texts = [f"text {i} " + "word " * (i % 50) for i in range(9000)]
     one, two = Sample.of(texts), Sample.of(texts)
@@ -275,6 +300,43 @@ def test_every_system_gets_the_same_sample() -> None:
     assert one.tokens.sum() >= benchmark.BULK_TOKENS
     assert len(Sample.of(["short"] * 9000).texts) == benchmark.BULK_TEXTS[1]
     assert len(Sample.of(["short"] * 9).texts) == 9
+
+
+def test_a_folder_is_not_taken_over_from_another_system_of_its_name(
+    pets: Path, tmp_path: Path
+) -> None:
+    """frozen:a/bert and frozen:b/bert are both called frozen-bert when they are alone."""
+    texts = load_text_dataset(str(pets)).splits["train"].texts
+    for place in ("a", "b"):
+        spec = f"frozen:{tiny_bert(tmp_path / place / 'bert', texts, classifier=False)}"
+        compare(pets, tmp_path / "out", spec)
+        record = tmp_path / "out" / "systems" / "frozen-bert" / "system.json"
+        assert json.loads(record.read_text(encoding="utf-8"))["spec"] == spec
+
+
+def test_a_system_that_cannot_be_timed_leaves_the_others_their_figures(
+    pets: Path, tmp_path: Path
+) -> None:
+    compare(pets, tmp_path / "out", "tfidf-svm", "nb-logreg")
+    (tmp_path / "out" / "systems" / "nb-logreg" / "weights.safetensors").unlink()
+    with pytest.raises(UserError, match="nb-logreg could not be timed"):
+        compare(pets, tmp_path / "out", "tfidf-svm", "nb-logreg", rounds=1)
+    svm, nb = read(tmp_path / "out")["systems"]
+    assert svm["speed"]["best"]["documents_per_second"] > 0
+    assert nb["speed"] is None
+    assert nb["test"]["accuracy"] > 0.5
+
+
+def test_a_childs_memory_is_its_own() -> None:
+    ballast = np.ones(2**28, dtype=np.uint8)  # 256 MiB that the child does not have
+    assert report.peak_memory_mb() > 256
+    child = processes.call(peak, CompareOptions(quiet=True))
+    assert child < report.peak_memory_mb() - 200
+    del ballast
+
+
+def peak(options: CompareOptions, connection: Connection) -> float:
+    return report.peak_memory_mb()
 
 
 def test_a_process_that_dies_is_told_in_a_sentence() -> None:

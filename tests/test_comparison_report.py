@@ -410,8 +410,8 @@ def test_markdown_parses_into_one_heading_a_section() -> None:
     parser = pytest.importorskip("markdown_it").MarkdownIt("commonmark").enable("table")
     tokens = parser.parse(to_markdown(hostile()))
     kinds = [token.type for token in tokens]
-    assert kinds.count("heading_open") == 1 + 7
-    assert kinds.count("table_open") == 5
+    assert kinds.count("heading_open") == 1 + 8
+    assert kinds.count("table_open") == 6
     assert "html_block" not in kinds
     inline = [child.type for token in tokens for child in token.children or []]
     assert set(inline) == {"text", "text_special"} or set(inline) == {"text"}

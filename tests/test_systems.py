@@ -17,6 +17,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel
 from nin_text import UserError, load_text_dataset, train_tokenizer
 from nin_text.baselines import TOKEN, LinearNGrams, choose, count_tokens, weights_of
 from nin_text.data import Split, TextDataset
+from nin_text.networks import BaselineConfig, BaselineForSequenceClassification
 from nin_text.options import CompareOptions
 from nin_text.systems import create, network_cost
 
@@ -149,6 +150,14 @@ def test_choose_takes_the_first_of_the_best() -> None:
     assert scores == {"1": 0.5, "2": 1.0, "3": 1.0}
 
 
+def test_settings_with_which_training_diverged_are_not_chosen() -> None:
+    answers = {1: np.full((2, 2), np.nan), 2: np.eye(2)[[1, 0]]}
+    best, _, scores = choose([1, 2], answers.__getitem__, [0, 1])
+    assert (best, scores) == (2, {"2": 0.0})
+    with pytest.raises(UserError, match="diverged"):
+        choose([1], answers.__getitem__, [0, 1])
+
+
 def test_a_class_never_seen_is_never_the_answer() -> None:
     """Training labels 0 and 2 of three classes: two columns are the classifier's, one is ours."""
     x = np.array([[1.0, 0.0], [0.0, 1.0]] * 4)
@@ -174,20 +183,22 @@ def test_fasttext_answers_as_its_own_library(topics: TextDataset, tmp_path: Path
     assert answers.max() > 0.5
 
 
-def test_operations_of_a_linear_layer_are_its_weights() -> None:
-    class Model(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embed = torch.nn.Embedding(10, 4)
-            self.linear = torch.nn.Linear(4, 3)
-            self.lstm = torch.nn.LSTM(4, 5, bidirectional=True, batch_first=True)
-
-        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> None:
-            self.linear(self.embed(input_ids))
-
-    cost = network_cost(Model(), [np.array([1, 2, 3]), np.array([4])], 0)
-    assert cost["macs"] == 4 * (4 * 3) + 4 * 2 * 4 * 5 * (4 + 5)
-    assert cost["parameters"] == 10 * 4 + 4 * 3 + 3 + 2 * (4 * 5 * (4 + 5) + 2 * 4 * 5)
+@pytest.mark.parametrize("architecture", ["bilstm", "transformer"])
+def test_operations_inside_fused_layers_are_counted_once(architecture: str) -> None:
+    """Against a count by hand."""
+    sizes = {"embedding_size": 8, "hidden_size": 6, "num_layers": 1, "num_heads": 2}
+    config = BaselineConfig(architecture=architecture, vocab_size=10, num_labels=3, **sizes)
+    model = BaselineForSequenceClassification(config).eval()
+    rows = [np.arange(1, 5), np.arange(1, 3)]
+    cost = network_cost(model, rows, 0)
+    expected = 0
+    for t in (4, 2):
+        if architecture == "bilstm":
+            expected += t * 2 * 4 * 6 * (8 + 6) + 12 * 3
+        else:  # projections, attention, feed-forward layers
+            expected += t * 4 * 8 * 8 + 2 * t * t * 8 + t * 2 * 8 * 6 + 8 * 3
+    assert cost["macs"] == expected
+    assert cost["parameters"] == sum(p.numel() for p in model.parameters())
 
 
 def test_tokens_are_words_and_marks() -> None:

@@ -14,7 +14,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from nin_text.comparison_report import LOOKS, NONE, print_table, to_html, to_markdown
+from nin_text.comparison_plots import LOOKS, NONE
+from nin_text.comparison_report import print_table, to_html, to_markdown
 
 VOID = {"meta", "link", "img"}
 HOSTILE = (

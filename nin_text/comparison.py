@@ -105,7 +105,7 @@ def compare_text(options: CompareOptions, dataset: TextDataset) -> dict[str, Any
     comparison = _assemble(folder, options, dataset, records, sample)
     report.write_json(folder / "comparison.json", comparison)
     for file, text in (("md", to_markdown(comparison)), ("html", to_html(comparison))):
-        (folder / f"comparison.{file}").write_text(text, encoding="utf-8", errors="replace")
+        report.write_text(folder / f"comparison.{file}", text)
     if not options.quiet:
         print_table(comparison)
     logger.info("the comparison is in %s: open comparison.html", folder)

@@ -21,12 +21,16 @@ MAX_CLASSES_SHOWN = 30
 METRICS_FILE = "metrics.json"
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON aside and rename it into place, so that no reader sees half of it."""
+def write_text(path: Path, text: str) -> None:
+    """Write a text aside and rename it into place, so that no reader sees half of it."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     aside.write_text(text, encoding="utf-8", errors="replace")  # lone surrogates cannot be encoded
     aside.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON as `write_text` does."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def slug(text: str) -> str:

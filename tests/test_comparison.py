@@ -134,7 +134,13 @@ def test_ctrl_c_ends_the_children_too(pets: Path, tmp_path: Path) -> None:
         *("--models", "kim-cnn", "--rounds", "0", "--output-dir", "out"),
     ]
     process = subprocess.Popen(
-        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # A shell lets its background jobs ignore Ctrl-C; the tests may run in one.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     begun = tmp_path / "out" / "systems" / "kim-cnn" / "options.json"
     deadline = time.monotonic() + 200

@@ -69,7 +69,10 @@ def test_evaluating_repeats_the_figures_of_training(trained: Path, tmp_path: Pat
         )
         for name in ("accuracy", "macro_f1", "confusion_matrix", "accuracy_interval_95"):
             assert result[name] == metrics[split][name]
-        assert result["log_loss"] == pytest.approx(metrics[split]["log_loss"], rel=0.05)
+        if split == "test":
+            assert result["log_loss"] == pytest.approx(metrics[split]["log_loss"], rel=0.05)
+        else:  # its labels are known to the n-grams of the saved model: see refit_ngrams
+            assert result["log_loss"] <= metrics[split]["log_loss"]
     written = json.loads((tmp_path / "evaluation.json").read_text())
     assert written["accuracy"] == result["accuracy"]
     assert (tmp_path / "evaluation.png").stat().st_size > 1000

@@ -14,7 +14,7 @@ help:  ## list the commands
 demo: $(STAMP)  ## train, save and evaluate a classifier on built-in reviews (about a minute)
 	$(BIN)/python scripts/train_text.py --dataset demo_reviews
 
-test: $(STAMP)  ## run the whole test suite (about five minutes on two cores)
+test: $(STAMP)  ## run the whole test suite (under ten minutes on two idle cores)
 	$(BIN)/python -m pytest
 
 check: $(STAMP)  ## lint, formatting and types

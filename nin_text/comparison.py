@@ -221,8 +221,7 @@ def _fitted(
         shutil.rmtree(folder, ignore_errors=True)  # of another system of this name
         known = None
     if spec not in PRESET_NAMES:  # the others have no use for unlabelled texts
-        labelled = {name: part for name, part in dataset.splits.items() if name != "unsupervised"}
-        dataset = replace(dataset, splits=labelled)
+        dataset = dataset.labelled()
     if known is not None:
         logger.info("fitted before: %s", folder)
     else:
@@ -431,8 +430,9 @@ def _assemble(
 ) -> dict[str, Any]:
     """Everything that there is to say, as `comparison_report` expects it."""
     device = pick_device(options.device)
+    lengths = count_tokens(dataset.splits["test"].texts)
     tested = {
-        name: _judge(folder / "systems" / name, dataset)
+        name: _judge(folder / "systems" / name, dataset, lengths)
         for name, record in records.items()
         if "error" not in record and record["kind"] != "architecture"
     }
@@ -485,8 +485,10 @@ def _reference(
     return next(iter(tested), "")
 
 
-def _judge(folder: Path, dataset: TextDataset) -> tuple[dict[str, Any], np.ndarray]:
-    """Quality of a system's answers, and (n,) where it was right."""
+def _judge(
+    folder: Path, dataset: TextDataset, lengths: np.ndarray
+) -> tuple[dict[str, Any], np.ndarray]:
+    """Quality of a system's answers, and (n,) where it was right; `lengths` of the test texts."""
     answers = load_file(folder / ANSWERS_FILE)
     logits = {name: np.log(np.maximum(p, FLOOR)) for name, p in answers.items()}
     validation, test = dataset.splits["validation"], dataset.splits["test"]
@@ -500,7 +502,7 @@ def _judge(folder: Path, dataset: TextDataset) -> tuple[dict[str, Any], np.ndarr
         "test": classification_metrics(scale * logits["test"], test.labels, dataset.label_names),
         "validation": {"accuracy": float(right.mean())},
         "temperature": float(1 / scale),
-        "by_length": _by_length(count_tokens(test.texts), correct),
+        "by_length": _by_length(lengths, correct),
     }
     return judged, correct
 

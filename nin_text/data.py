@@ -8,7 +8,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -97,16 +97,15 @@ class TextDataset:
     splits: dict[str, Split]
     notes: list[str] = field(default_factory=list)
 
-    def fingerprint(self, *, labelled: bool = False) -> str:
-        """A hash of every text and label of every split that was read, in order.
+    def labelled(self) -> TextDataset:
+        """The same without unlabelled texts."""
+        kept = {name: part for name, part in self.splits.items() if name != "unsupervised"}
+        return replace(self, splits=kept)
 
-        Args:
-            labelled: leave out the unlabelled texts.
-        """
+    def fingerprint(self) -> str:
+        """A hash of every text and label of every split that was read, in order."""
         digest = hashlib.sha256()
         for split in [name for name in readers.SPLIT_NAMES if name in self.splits]:
-            if labelled and split == "unsupervised":
-                continue
             for text, label in zip(
                 self.splits[split].texts, self.splits[split].labels, strict=True
             ):

@@ -219,24 +219,14 @@ def fit_linear(
     return weight, bias
 
 
-def _log_count_ratio(counts: sparse.csr_matrix, is_label: np.ndarray) -> np.ndarray:
-    """(V,) log of how much more often each feature occurs inside a class than outside.
-
-    Args:
-        counts: (n, V) counts, or ones where there is any.
-        is_label: (n,) bool.
-    """
-    inside = SMOOTHING + np.asarray(counts[is_label].sum(axis=0)).ravel()
-    outside = SMOOTHING + np.asarray(counts[~is_label].sum(axis=0)).ravel()
-    ratio = np.log(inside / inside.sum()) - np.log(outside / outside.sum())
-    return ratio.astype(np.float32)
-
-
 def _fit_one(
     counts: sparse.csr_matrix, is_label: np.ndarray, c: float, sample_weight: np.ndarray | None
 ) -> tuple[np.ndarray, float]:
     """Weight (buckets,) and bias of "is it this class?"."""
-    ratio = _log_count_ratio(counts, is_label)
+    inside = SMOOTHING + np.asarray(counts[is_label].sum(axis=0)).ravel()
+    outside = SMOOTHING + np.asarray(counts[~is_label].sum(axis=0)).ravel()
+    ratio = np.log(inside / inside.sum()) - np.log(outside / outside.sum())
+    ratio = ratio.astype(np.float32)
     scaled = sparse.csr_matrix((ratio[counts.indices], counts.indices, counts.indptr), counts.shape)
     regression = LogisticRegression(C=c, solver="liblinear", dual=True, tol=0.01, random_state=0)
     with warnings.catch_warnings():

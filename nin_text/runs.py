@@ -91,12 +91,8 @@ def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dic
         raise
     metrics = _metrics(options, dataset, record, trainer, seconds)
     answers = {}
-    for split in ("validation", "test"):
-        if split == "test" and options.ngrams:
-            stages.refit_ngrams(trainer, encoded["train"], ngram_scale)
-        if split == "test":  # all that it took to make the classifier, reading the data left out
-            metrics["fit_seconds"] = round(before + time.perf_counter() - started, 2)
-            metrics["fit_peak_memory_mb"] = round(report.peak_memory_mb(), 1)
+
+    def score(split: str) -> None:
         clock = time.perf_counter()
         logits = trainer.logits(encoded[split], progress=f"evaluating {split}")
         elapsed = round(time.perf_counter() - clock, 2)
@@ -104,6 +100,14 @@ def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dic
         metrics[split] = classification_metrics(logits, truth, dataset.label_names)
         metrics[split]["seconds"] = elapsed
         answers[split] = softmax(logits).astype(np.float32)
+
+    score("validation")
+    if options.ngrams:
+        stages.refit_ngrams(trainer, encoded["train"], ngram_scale)
+    # All that it took to make the classifier, reading the data left out.
+    metrics["fit_seconds"] = round(before + time.perf_counter() - started, 2)
+    metrics["fit_peak_memory_mb"] = round(report.peak_memory_mb(), 1)
+    score("test")
     metrics["peak_memory_mb"] = round(report.peak_memory_mb(), 1)
     metrics["total_seconds"] = round(time.perf_counter() - started, 2)
     if trainer.is_world_process_zero():
@@ -193,7 +197,7 @@ def _metrics(
         "dataset": options.dataset,
         "data_source": dataset.source,
         "data_fingerprint": record["data_fingerprint"],
-        "labelled_fingerprint": dataset.fingerprint(labelled=True),
+        "labelled_fingerprint": dataset.labelled().fingerprint(),
         "notes": dataset.notes,
         "label_names": dataset.label_names,
         "train_examples": len(dataset.splits["train"]),

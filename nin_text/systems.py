@@ -132,14 +132,18 @@ class _Network:
     def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         return encode(self.tokenizer, texts, self.max_length)
 
-    def _logits(self, texts: Sequence[str]) -> np.ndarray:
+    def _outputs(self, model: Any, texts: Sequence[str]) -> np.ndarray:
+        """What `predict_logits` makes of the texts with a model that has this one's tokenizer."""
         return predict_logits(
-            self.model,
+            model,
             self._encode(texts),
             pad_token_id=self.tokenizer.pad_token_id or 0,
             batch_tokens=self.batch_tokens,
             autocast=self.autocast,
         )
+
+    def _logits(self, texts: Sequence[str]) -> np.ndarray:
+        return self._outputs(self.model, texts)
 
     def probabilities(self, texts: Sequence[str]) -> np.ndarray:
         return softmax(self._logits(texts))
@@ -219,7 +223,7 @@ class SavedRun(_Network):
                 f"{dataset.name}: {', '.join(dataset.label_names[:10])}"
             )
         fit = _run_fit(self.folder)
-        if self.metrics["labelled_fingerprint"] != dataset.fingerprint(labelled=True):
+        if self.metrics["labelled_fingerprint"] != dataset.labelled().fingerprint():
             fit.validation = fit.test = None  # of other texts
             fit.warning = (
                 f"{self.folder} was trained on other data than the other systems: its training "
@@ -342,13 +346,7 @@ class FrozenEncoder(_Network):
         self.head = load_file(folder / "head.safetensors")
 
     def _features(self, texts: Sequence[str]) -> np.ndarray:
-        return predict_logits(
-            _MeanPooled(self.model),
-            self._encode(texts),
-            pad_token_id=self.tokenizer.pad_token_id or 0,
-            batch_tokens=self.batch_tokens,
-            autocast=self.autocast,
-        )
+        return self._outputs(_MeanPooled(self.model), texts)
 
     def _logits(self, texts: Sequence[str]) -> np.ndarray:
         return self._features(texts) @ self.head["weight"] + self.head["bias"]

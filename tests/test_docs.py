@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from conftest import ROOT
 
 PAGES = sorted((ROOT / "docs" / "pipelines").glob("*.md"))

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -71,7 +72,8 @@ def build(
         "hidden_dropout": options.dropout,
         "label_smoothing": options.label_smoothing,
         "ngram_size": options.ngrams,
-        "ngram_buckets": _ngram_buckets(texts, options.ngrams, len(label_names)),
+        "ngram_buckets": options.ngram_buckets
+        or _ngram_buckets(texts, options.ngrams, len(label_names)),
         "class_weights": _class_weights(options, labels, len(label_names)),
     }
     config = NiNTextConfig.from_preset(
@@ -137,6 +139,26 @@ def _from_outside(
     if positions is not None:
         tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
     return model, tokenizer
+
+
+@torch.no_grad()
+def round_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Round every weight to what another type can hold; the type itself stays as it is."""
+    for tensor in model.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.copy_(tensor.to(dtype))
+
+
+def save(model: PreTrainedModel, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """`save_pretrained`, with the weights of the file in another type.
+
+    What loads the file gets float32 again, as the configuration says.
+    """
+    state = {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in model.state_dict().items()
+    }
+    model.save_pretrained(folder, state_dict=state)
 
 
 def load(folder: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

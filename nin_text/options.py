@@ -45,13 +45,14 @@ QUICK_LIMIT, QUICK_ROUNDS = 1000, 2
 
 MIN_BATCHES = 50
 PRECISIONS = ("auto", "bf16", "fp32")
+SAVE_DTYPES = ("float32", "float16")
 MODEL_HELP = "run folder, or the hub id of any sequence classifier"
 PRECISION_HELP = "bf16, fp32, or auto for bf16 where the processor multiplies it natively"
 
 # Options that only a NiN preset can honour, and those that need a tokenizer of our choice.
 NIN_ONLY = (
-    "pooling word_dropout dropout class_weights label_smoothing ngrams pretrain_epochs "
-    "pretrain_learning_rate self_training_epochs"
+    "pooling word_dropout dropout class_weights label_smoothing ngrams ngram_buckets "
+    "pretrain_epochs pretrain_learning_rate self_training_epochs"
 ).split()
 TOKENIZER_OPTIONS = "tokenizer vocab_size lowercase".split()
 
@@ -64,6 +65,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "dropout": (0, 0.99),
     "label_smoothing": (0, 0.99),
     "ngrams": (0, 8),
+    "ngram_buckets": (1, 2**26),
     "pretrain_epochs": (0, math.inf),
     "pretrain_learning_rate": (1e-12, 10),
     "self_training_epochs": (0, math.inf),
@@ -207,6 +209,9 @@ class TrainOptions(CommonOptions, DataOptions):
     )
     label_smoothing: float = option("mass of the target spread over all classes")
     ngrams: int = option("tokens of the longest n-gram whose evidence is added (0: none)")
+    ngram_buckets: int | None = option(
+        "rows of the hashed table of n-gram evidence (default: about as many as there are n-grams)"
+    )
     pretrain_epochs: int = option(
         "first, passes over the training split and any unlabelled texts in which the network "
         "learns to predict the telling n-grams of one part of a text from the other"
@@ -227,6 +232,11 @@ class TrainOptions(CommonOptions, DataOptions):
     ema_decay: float = option("decay of the averaged weights (0: no averaging)")
     patience: int = option("stop after this many epochs without a better validation score")
     precision: str = option(PRECISION_HELP, "auto", choices=PRECISIONS)
+    save_dtype: str = option(
+        "weights in the saved file; float16 halves it, and is what the test split is scored with",
+        "float32",
+        choices=SAVE_DTYPES,
+    )
     seed: int = option("seed of the weights, the batches and dropout", 0)
     output_dir: Path | None = option("run folder (default: runs/<dataset>-<model>-seed<seed>)")
     resume: bool = option("continue the run in the output folder from its last checkpoint", False)

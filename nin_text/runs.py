@@ -107,6 +107,8 @@ def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dic
     score("validation")
     if options.ngrams:
         stages.refit_ngrams(trainer, encoded["train"], ngram_scale)
+    dtype = getattr(torch, options.save_dtype)
+    models.round_weights(trainer.best_model, dtype)
     # All that it took to make the classifier, reading the data left out.
     metrics["fit_seconds"] = round(before + time.perf_counter() - started, 2)
     metrics["fit_peak_memory_mb"] = round(report.peak_memory_mb(), 1)
@@ -114,7 +116,7 @@ def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dic
     metrics["peak_memory_mb"] = round(report.peak_memory_mb(), 1)
     metrics["total_seconds"] = round(time.perf_counter() - started, 2)
     if trainer.is_world_process_zero():
-        _leave(folder, trainer.best_model, tokenizer, metrics, answers)
+        _leave(folder, trainer.best_model, dtype, tokenizer, metrics, answers)
     return _summary(metrics, folder)
 
 
@@ -311,6 +313,7 @@ def _best_epoch(trainer: TextTrainer) -> int | None:
 def _leave(
     folder: Path,
     model: PreTrainedModel,
+    dtype: torch.dtype,
     tokenizer: PreTrainedTokenizerBase,
     metrics: dict[str, Any],
     answers: dict[str, np.ndarray],
@@ -318,7 +321,7 @@ def _leave(
     """Put the results into the run folder; metrics.json, written last, says that it is whole."""
     aside = folder / ".saving"
     shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(aside)
+    models.save(model, aside, dtype)
     tokenizer.save_pretrained(aside)
     save_file(answers, aside / ANSWERS_FILE)
     report.plot_curves(metrics["history"], aside / "curves.png")

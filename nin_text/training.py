@@ -71,7 +71,9 @@ class TokenBatchSampler(Sampler[list[int]]):
         seed: with the epoch, decides the order.
         similar_lengths: put texts of similar length together, for models that compute padding.
             NiN does not and trains better on batches drawn at random.
-        multiple_of: round the number of batches up to a multiple (of the number of processes).
+        parts: batches that make up one optimizer step: the number of processes times that of
+            accumulated batches. Which texts a step learns from is the same for one batch of 32
+            and for two of 16.
     """
 
     def __init__(
@@ -82,13 +84,14 @@ class TokenBatchSampler(Sampler[list[int]]):
         *,
         seed: int = 0,
         similar_lengths: bool = False,
-        multiple_of: int = 1,
+        parts: int = 1,
     ) -> None:
         self.lengths = np.asarray(lengths)
-        # The share of a batch that each text takes; a text longer than a batch fills one.
-        self.work = np.clip(self.lengths / batch_tokens, 1 / batch_size, 1)
-        batches = math.ceil(round(self.work.sum(), 6) / multiple_of) * multiple_of
-        self.batches = max(1, min(batches, len(self.lengths)))
+        # The share of a step that each text takes; a text longer than a step fills one.
+        self.work = np.clip(self.lengths / (batch_tokens * parts), 1 / (batch_size * parts), 1)
+        self.parts = min(parts, len(self.lengths))
+        steps = math.ceil(round(self.work.sum(), 6))
+        self.steps = max(1, min(steps, len(self.lengths) // self.parts))
         self.seed = seed
         self.similar_lengths = similar_lengths
         self.epoch = 0
@@ -98,23 +101,29 @@ class TokenBatchSampler(Sampler[list[int]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.batches
+        return self.steps * self.parts
 
     def __iter__(self) -> Iterator[list[int]]:
         rng = np.random.default_rng((self.seed, self.epoch))
         order = rng.permutation(len(self.lengths))
         if self.similar_lengths:
             order = order[np.argsort(self.lengths[order], kind="stable")]
-        middle = np.cumsum(self.work[order]) - self.work[order] / 2
-        bounds = np.linspace(0, self.work.sum(), self.batches + 1)[1:-1]
+        steps = self._cut(order, self.steps, least=self.parts)
+        for i in rng.permutation(self.steps):
+            for batch in self._cut(steps[i], self.parts, least=1):
+                yield batch.tolist()
+
+    def _cut(self, texts: np.ndarray, pieces: int, least: int) -> list[np.ndarray]:
+        """Cut texts, in their order, into pieces of about equal work and `least` texts or more."""
+        work = self.work[texts]
+        middle = np.cumsum(work) - work / 2
+        bounds = np.linspace(0, work.sum(), pieces + 1)[1:-1]
         cuts = np.searchsorted(middle, bounds)
-        # Every batch gets a text: the i-th cut lies at i or later, and leaves enough for the rest.
-        steps = np.arange(1, self.batches)
-        cuts = np.maximum.accumulate(np.maximum(cuts - steps, 0)) + steps
-        cuts = np.minimum(cuts, len(order) - self.batches + steps)
-        batches = np.split(order, cuts)
-        for i in rng.permutation(self.batches):
-            yield batches[i].tolist()
+        # The i-th cut lies at i times `least` or later, and leaves enough for the rest.
+        floor = np.arange(1, pieces) * least
+        cuts = np.maximum.accumulate(np.maximum(cuts - floor, 0)) + floor
+        cuts = np.minimum(cuts, len(texts) - pieces * least + floor)
+        return np.split(texts, cuts)
 
 
 class WeightAverage(TrainerCallback):
@@ -255,13 +264,17 @@ class TokenTrainer(Trainer):
                 self.add_callback(callback)
 
     def get_train_dataloader(self) -> DataLoader:
+        if len(self.train_dataset) < self.args.world_size:
+            raise UserError(
+                f"{len(self.train_dataset)} texts are too few for {self.args.world_size} processes"
+            )
         sampler = TokenBatchSampler(
             [len(row) for row in self.train_dataset.rows],
             self.batch_tokens,
             self.args.train_batch_size,
             seed=self.args.seed,
             similar_lengths=self.similar_lengths,
-            multiple_of=self.args.world_size,
+            parts=self.args.world_size * self.args.gradient_accumulation_steps,
         )
         loader = DataLoader(
             self.train_dataset, batch_sampler=sampler, collate_fn=self.data_collator

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from safetensors.numpy import load_file
 
@@ -17,7 +18,7 @@ from nin_text import load, load_text_dataset, ngrams
 from nin_text.errors import UserError
 from nin_text.evaluation import predict_logits, softmax
 from nin_text.options import TrainOptions
-from nin_text.runs import train_text
+from nin_text.runs import ANSWERS_FILE, train_text
 from nin_text.tokenization import encode
 from nin_text.training import TokenTrainer
 
@@ -220,3 +221,27 @@ def test_a_device_or_folder_that_cannot_be_used_is_refused(tmp_path: Path) -> No
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OSError, match="file"):  # cli.run turns it into one sentence
         train_text(TrainOptions(**QUICK, output_dir=tmp_path / "file" / "run"))
+
+
+def test_weights_saved_in_16_bits_are_those_that_were_scored(tmp_path: Path) -> None:
+    """Half the file, loaded in 32 bits, and its answers are those that the metrics speak of."""
+    folder = tmp_path / "run"
+    options = TrainOptions(
+        "demo_reviews",
+        limit=200,
+        epochs=1,
+        save_dtype="float16",
+        ngram_buckets=4096,
+        precision="fp32",
+        output_dir=folder,
+    )
+    train_text(options)
+    tensors = load_file(folder / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {np.dtype("float16")}
+    model, tokenizer = load(str(folder))
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32}
+    assert model.config.ngram_buckets == 4096
+    texts = load_text_dataset("demo_reviews", limit=200).splits["test"].texts
+    logits = predict_logits(model, encode(tokenizer, texts), pad_token_id=0, batch_tokens=4096)
+    answers = load_file(folder / ANSWERS_FILE)["test"]
+    assert softmax(logits) == pytest.approx(answers, abs=1e-5)

@@ -33,15 +33,13 @@ LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=80)
     lengths=LENGTHS,
     tokens=st.integers(10, 200),
     size=st.integers(1, 20),
-    multiple=st.integers(1, 3),
+    parts=st.integers(1, 4),
     similar=st.booleans(),
 )
 def test_every_epoch_is_a_new_partition_into_equally_many_batches(
-    lengths: list[int], tokens: int, size: int, multiple: int, similar: bool
+    lengths: list[int], tokens: int, size: int, parts: int, similar: bool
 ) -> None:
-    sampler = TokenBatchSampler(
-        lengths, tokens, size, seed=7, similar_lengths=similar, multiple_of=multiple
-    )
+    sampler = TokenBatchSampler(lengths, tokens, size, seed=7, similar_lengths=similar, parts=parts)
     epochs = []
     for epoch in (0, 1, 0):
         sampler.set_epoch(epoch)
@@ -49,6 +47,7 @@ def test_every_epoch_is_a_new_partition_into_equally_many_batches(
         assert len(batches) == len(sampler)
         assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
         epochs.append(batches)
+        assert len(batches) % parts == 0 or len(lengths) < parts
     assert epochs[0] == epochs[2]
     if len(lengths) > 30 and len(sampler) > 3:
         assert epochs[0] != epochs[1]
@@ -69,16 +68,34 @@ def test_a_batch_is_over_its_bounds_by_one_text_at_most(
     lengths=st.lists(st.sampled_from([1, 5, 20, 300, 100_000]), min_size=1, max_size=60),
     tokens=st.integers(1, 500),
     size=st.integers(1, 20),
-    multiple=st.integers(1, 3),
+    parts=st.integers(1, 4),
 )
 def test_no_batch_is_empty_however_long_a_text_is(
-    lengths: list[int], tokens: int, size: int, multiple: int
+    lengths: list[int], tokens: int, size: int, parts: int
 ) -> None:
-    sampler = TokenBatchSampler(lengths, tokens, size, multiple_of=multiple)
+    sampler = TokenBatchSampler(lengths, tokens, size, parts=parts)
     batches = list(sampler)
     assert all(batches)
     assert len(batches) == len(sampler)
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    lengths=LENGTHS,
+    tokens=st.integers(10, 200),
+    size=st.integers(1, 20),
+    parts=st.sampled_from([2, 3]),
+)
+def test_a_step_draws_the_same_texts_in_one_batch_or_in_parts(
+    lengths: list[int], tokens: int, size: int, parts: int
+) -> None:
+    whole = list(TokenBatchSampler(lengths, tokens * parts, size * parts, seed=3))
+    cut = list(TokenBatchSampler(lengths, tokens, size, seed=3, parts=parts))
+    if len(cut) == len(whole) * parts:  # unless there are too few texts for that many parts
+        steps = [sum(cut[i : i + parts], []) for i in range(0, len(cut), parts)]
+        if all(len(step) > parts for step in whole):
+            assert steps == whole
 
 
 def test_similar_lengths_save_padding() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -93,7 +94,7 @@ def test_a_step_draws_the_same_texts_in_one_batch_or_in_parts(
     whole = list(TokenBatchSampler(lengths, tokens * parts, size * parts, seed=3))
     cut = list(TokenBatchSampler(lengths, tokens, size, seed=3, parts=parts))
     if len(cut) == len(whole) * parts:  # unless there are too few texts for that many parts
-        steps = [sum(cut[i : i + parts], []) for i in range(0, len(cut), parts)]
+        steps = [list(chain(*cut[i : i + parts])) for i in range(0, len(cut), parts)]
         if all(len(step) > parts for step in whole):
             assert steps == whole
 

@@ -56,6 +56,8 @@ def parse(cls: type[Options], description: str | None, examples: str) -> Options
 def set_up_logging(*, quiet: bool, verbose: bool) -> None:
     """Our messages to standard error; those of the libraries underneath only if asked for."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    if not _is_main_process():
+        quiet, verbose = True, False
     if quiet:
         os.environ["TQDM_DISABLE"] = "1"  # any value, even 0, disables
     level = logging.DEBUG if verbose else logging.ERROR if quiet else logging.INFO
@@ -68,17 +70,24 @@ def set_up_logging(*, quiet: bool, verbose: bool) -> None:
             logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def _is_main_process() -> bool:
+    """False in all but one of the processes that torchrun starts: that one speaks for them."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def run(work: Callable[[], dict[str, Any] | Iterator[dict[str, Any]]]) -> None:
     """Call `work` and print each dict that it returns or yields as one JSON line.
 
-    Only these lines go to standard output; whatever else is printed goes to standard error. Exit
-    status: 0; 2 for a user's mistake, a full disk or too little memory (one sentence, no
-    traceback); 130 after Ctrl-C.
+    Only these lines go to standard output; whatever else is printed goes to standard error. Of
+    several processes (torchrun), the first one prints. Exit status: 0; 2 for a user's mistake, a
+    full disk or too little memory (one sentence, no traceback); 130 after Ctrl-C.
     """
     stdout, sys.stdout = sys.stdout, sys.stderr
     try:
         results = work()
         for result in [results] if isinstance(results, dict) else results:
+            if not _is_main_process():
+                continue
             line = json.dumps(result, ensure_ascii=False)
             # Lone surrogates, which arguments in another encoding contain, cannot be printed.
             print(line.encode("utf-8", "replace").decode(), file=stdout, flush=True)

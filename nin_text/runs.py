@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from safetensors.numpy import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
@@ -63,13 +64,18 @@ def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dic
     if options.resume and (finished := _finished(folder, record)) is not None:
         logger.info("%s is a finished run; nothing is left to do", folder)
         return finished
-    _open_run_folder(folder, record, resume=options.resume)
+    # Of several processes (torchrun), one prepares what all use, while the others wait.
+    processes = PartialState(cpu=device.type == "cpu")
+    if processes.is_main_process:
+        _open_run_folder(folder, record, resume=options.resume)
+    processes.wait_for_everyone()
     if options.model in PRESET_NAMES:
         # Whose batches have few sizes. Those of a transformer are all different: the heap would
         # fragment (14 GB after MiniLM-L6 had scored IMDB).
         keep_freed_memory()
     set_seed(options.seed)
-    model, tokenizer = models.build(options, train.texts, train.labels, dataset.label_names)
+    with processes.main_process_first():  # it trains the tokenizer, the others find it in the cache
+        model, tokenizer = models.build(options, train.texts, train.labels, dataset.label_names)
     encoded = {
         split: EncodedTexts(
             encode(tokenizer, part.texts, options.max_length, progress=f"encoding {split}"),
@@ -247,6 +253,7 @@ def _train(
         "seed": options.seed,
         "bf16": use_bf16(options.precision, device),
         "device": device,
+        "find_unused_parameters": options.model not in PRESET_NAMES,
     }
 
     ngram_scale = 1.0

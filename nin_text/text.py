@@ -62,6 +62,8 @@ class NiNTextPreTrainedModel(PreTrainedModel):
     config_class = NiNTextConfig
     base_model_prefix = "nin"
     accepts_loss_kwargs = True
+    # Models saved before 0.1.0 have this bias, which changed nothing.
+    _keys_to_ignore_on_load_unexpected = [r"attention\.bias"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -110,7 +112,10 @@ class NiNTextModel(NiNTextPreTrainedModel):
             )
         )
         self.final_norm = nn.LayerNorm(config.hidden_size) if config.norm else nn.Identity()
-        self.attention = nn.Linear(config.hidden_size, 1) if config.pooling == "attention" else None
+        # Without a bias, which softmax would cancel.
+        self.attention = (
+            nn.Linear(config.hidden_size, 1, bias=False) if config.pooling == "attention" else None
+        )
         self.embedding_dropout = Dropout(config.embedding_dropout)
         # What one text must keep from the next: the farthest that any layer reaches, in tokens.
         gap, self.stride = 1, 1

@@ -429,9 +429,13 @@ def training_arguments(
     seed: int,
     bf16: bool,
     device: torch.device,
+    find_unused_parameters: bool,
     evaluate: bool = True,
 ) -> TrainingArguments:
-    """The Trainer's arguments for a run: save once an epoch, and evaluate if asked to."""
+    """The Trainer's arguments for a run: save once an epoch, and evaluate if asked to.
+
+    `find_unused_parameters` is for models of which some get no gradient, in several processes.
+    """
     arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=epochs,
@@ -460,6 +464,7 @@ def training_arguments(
         dataloader_pin_memory=device.type == "cuda",
         # The sampler already gives every process equally many batches.
         accelerator_config={"even_batches": False},
+        ddp_find_unused_parameters=find_unused_parameters,
         ddp_broadcast_buffers=False,  # they are equal everywhere, and never change
     )
     # One process, one device: torch.nn.DataParallel would cut the rows of a batch apart. Several

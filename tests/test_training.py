@@ -154,6 +154,7 @@ def small_trainer(folder: Path, rows, labels, **options) -> TextTrainer:
         "seed": 0,
         "bf16": False,
         "device": torch.device("cpu"),
+        "find_unused_parameters": False,
         **options,
     }
     ema_decay = arguments.pop("ema_decay", 0.0)

@@ -1,0 +1,89 @@
+"""Training in several processes, as torchrun starts them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from conftest import ROOT, Script
+from safetensors.numpy import load_file
+
+# Dropout draws other numbers in every process. All stages but self-training take part.
+COMMON = (
+    *("--model", "nin-text-small", "--limit", 300, "--epochs", 2, "--dropout", 0),
+    *("--word-dropout", 0, "--precision", "fp32"),
+)
+
+
+def torchrun(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", "2", str(ROOT / "scripts" / "train_text.py")),
+            *map(str, arguments),
+        ],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+
+
+def test_two_processes_give_the_weights_of_one_with_the_same_batches(
+    tmp_path: Path, script: Script
+) -> None:
+    """Two with batches of 8, one with 16, and one that accumulates two batches of 8."""
+    stages = (*COMMON, "--pretrain-epochs", 0)
+    script("train_text", *stages, "--batch-size", 16, "--output-dir", "one")
+    accumulated = (*stages, "--batch-size", 8, "--gradient-accumulation", 2)
+    script("train_text", *accumulated, "--output-dir", "accumulated")
+    finished = torchrun(tmp_path, *stages, "--batch-size", 8, "--output-dir", "two")
+    assert finished.returncode == 0, finished.stderr
+    (line,) = finished.stdout.splitlines()  # one process speaks
+    assert json.loads(line)["output_dir"] == "two"
+    assert finished.stderr.count("epoch 2/2") == 1
+    one = load_file(tmp_path / "one" / "model.safetensors")
+    for other in ("two", "accumulated"):
+        weights = load_file(tmp_path / other / "model.safetensors")
+        assert weights.keys() == one.keys()
+        for name, weight in weights.items():
+            np.testing.assert_allclose(weight, one[name], atol=1e-4, err_msg=f"{other}: {name}")
+
+
+def test_all_stages_run_in_two_processes(tmp_path: Path) -> None:
+    """With unlabelled texts, and the processes agree: the answers repeat."""
+    data = tmp_path / "reviews"
+    data.mkdir()
+    rng = np.random.default_rng(0)
+    for split, n in (("train", 120), ("test", 30), ("unsupervised", 60)):
+        rows = []
+        for i in range(n):
+            words = rng.choice(["plot", "film", "cast"], 8).tolist()
+            words[3] = ("dull", "witty")[i % 2]
+            row = {"text": " ".join(words), "label": -1 if split == "unsupervised" else i % 2}
+            rows.append(json.dumps(row))
+        (data / f"{split}.jsonl").write_text("\n".join(rows))
+    options = ("--dataset", data, "--model", "nin-text-small", "--epochs", 1, "--batch-size", 8)
+    for name in ("first", "second"):
+        finished = torchrun(tmp_path, *options, "--output-dir", name)
+        assert finished.returncode == 0, finished.stderr
+    metrics = json.loads((tmp_path / "first" / "metrics.json").read_text())
+    assert set(metrics["stage_seconds"]) == {"pretraining", "training", "self-training"}
+    first, second = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("first", "second")
+    )
+    for name, weight in first.items():
+        np.testing.assert_array_equal(weight, second[name], err_msg=name)
+
+
+def test_a_mistake_is_a_sentence(tmp_path: Path) -> None:
+    finished = torchrun(tmp_path, "--batch-size", 0)
+    assert finished.returncode != 0
+    assert finished.stdout == ""
+    assert "error: --batch-size must be at least 1, not 0" in finished.stderr

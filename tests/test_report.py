@@ -107,14 +107,12 @@ def test_a_model_card_names_the_data_set_of_the_hub_and_no_local_folder(trained:
     assert "imdb (local files), " in card
     assert not re.search(r"home|~|secret|\.\.", card)
     assert (
-        "`NIN_TEXT_DATA='my data' python train_text.py --dataset imdb --output-dir=run "
-        "--data-dir data --model x`"
+        "`python train_text.py --dataset imdb --output-dir=run --data-dir data --model x`"
     ) in card
-    card = report.model_card(
-        metrics | {"dataset": "/home/me/reviews: mine.csv", "model": "/home/m"}
-    )
-    data = ModelCard(card).data
-    assert data.datasets == ["reviews: mine.csv"] and data.model_name == "m on reviews: mine.csv"
+    mine = {"dataset": "/home/me/reviews: mine.csv", "model": "/home/m"}
+    data = ModelCard(report.model_card(metrics | mine)).data
+    assert data.datasets == ["reviews_mine.csv"]
+    assert data.model_name == "m on reviews: mine.csv"
 
 
 def test_a_model_card_owns_up_to_the_most_frequent_mistake(trained: Path) -> None:

@@ -16,6 +16,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 from nin_text import UserError, load_text_dataset, train_tokenizer
 from nin_text.baselines import TOKEN, LinearNGrams, choose, count_tokens, weights_of
+from nin_text.configuration import BaselineConfig
 from nin_text.data import Split, TextDataset
 from nin_text.networks import BaselineForSequenceClassification
 from nin_text.options import CompareOptions

@@ -1,6 +1,6 @@
-"""Configuration of the text models, and the presets.
+"""Configuration of the text models and the presets; also of the networks they are compared with.
 
-Importing this module registers the configuration with transformers' AutoConfig; no torch is needed.
+Importing this module registers both with transformers' AutoConfig; no torch is needed.
 There is no `from __future__ import annotations` here: `strict` reads the types of the fields, and a
 Literal that has become a string would not be checked.
 """
@@ -105,6 +105,9 @@ class NiNTextConfig(PreTrainedConfig):
             self.pool = [False] * len(self.block_channels)
         # Other libraries read the width of last_hidden_state under this name.
         kwargs.pop("hidden_size", None)
+        if self.id2label and kwargs.get("num_labels") not in (None, len(self.id2label)):
+            # A saved configuration read for other labels: the base class would warn of the names.
+            self.id2label = self.label2id = None
         super().__post_init__(**kwargs)
 
     @property
@@ -148,4 +151,90 @@ class NiNTextConfig(PreTrainedConfig):
         return cls(**{**PRESETS[name], **overrides})
 
 
+# Networks that NiN is compared with (see `networks.py`).
+NETWORKS: dict[str, dict[str, Any]] = {
+    "kim-cnn": {
+        "architecture": "kim-cnn",
+        "embedding_size": 300,
+        "hidden_size": 100,
+        "kernel_sizes": [3, 4, 5],
+        "dropout": 0.5,
+    },
+    "dpcnn": {
+        "architecture": "dpcnn",
+        "embedding_size": 300,
+        "hidden_size": 250,
+        "num_layers": 4,
+        "dropout": 0.5,
+    },
+    "bilstm": {
+        "architecture": "bilstm",
+        "embedding_size": 300,
+        "hidden_size": 150,
+        "num_layers": 1,
+        "dropout": 0.5,
+    },
+    "transformer": {
+        "architecture": "transformer",
+        "embedding_size": 256,
+        "hidden_size": 1024,
+        "num_layers": 4,
+        "num_heads": 4,
+        "max_positions": 512,
+        "dropout": 0.1,
+    },
+}
+
+
+@strict
+class BaselineConfig(PreTrainedConfig):
+    """Configuration of the baselines.
+
+    Args:
+        architecture: a key of NETWORKS, and of `networks.ENCODERS`.
+        vocab_size: rows of the embedding table.
+        embedding_size: E, width of the token embeddings.
+        hidden_size: H: filters of each width (kim-cnn), channels (dpcnn), units in each direction
+            (bilstm) or width of the feed-forward layers (transformer).
+        kernel_sizes: widths of the filters (kim-cnn).
+        num_layers: blocks (dpcnn) or layers (bilstm, transformer).
+        num_heads: attention heads of each layer (transformer).
+        max_positions: tokens that a text is cut to (transformer).
+        dropout: after the encoder and, in the transformer, within it.
+        pad_token_id: embedding row that stays zero.
+    """
+
+    model_type = "nin-text-baseline"
+
+    architecture: str = "kim-cnn"
+    vocab_size: int = 30_000
+    embedding_size: int = 300
+    hidden_size: int = 100
+    kernel_sizes: list[int] = field(default_factory=lambda: [3, 4, 5])
+    num_layers: int = 1
+    num_heads: int = 1
+    max_positions: int = 512
+    dropout: float | int = 0.5
+    pad_token_id: int | None = 0
+
+    def validate_architecture(self) -> None:
+        """Refuse sizes that no network can have, before anything is allocated."""
+        if self.architecture not in NETWORKS:
+            raise ValueError(
+                f"no architecture named {self.architecture!r}; there are {', '.join(NETWORKS)}"
+            )
+        if not self.kernel_sizes:
+            raise ValueError("kernel_sizes is empty; there must be at least one")
+        sizes = (self.vocab_size, self.embedding_size, self.hidden_size, *self.kernel_sizes)
+        if min(*sizes, self.num_layers, self.num_heads, self.max_positions) < 1:
+            raise ValueError("vocabulary, sizes, layers, heads and positions must be positive")
+        if self.architecture == "transformer" and self.embedding_size % self.num_heads:
+            raise ValueError(
+                f"{self.num_heads} heads cannot share embeddings of size {self.embedding_size}"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
+
+
 AutoConfig.register(NiNTextConfig.model_type, NiNTextConfig, exist_ok=True)
+AutoConfig.register(BaselineConfig.model_type, BaselineConfig, exist_ok=True)

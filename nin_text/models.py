@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,13 +18,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from nin_text.configuration import PRESETS, NiNTextConfig
+from nin_text.configuration import NETWORKS, PRESETS, BaselineConfig, NiNTextConfig
 from nin_text.errors import UserError
-from nin_text.networks import NETWORKS, BaselineConfig, BaselineForSequenceClassification
-from nin_text.options import PACKAGED, TrainOptions
+from nin_text.networks import BaselineForSequenceClassification
+from nin_text.options import PACKAGED, TrainOptions, saved_nin
 from nin_text.report import METRICS_FILE
-from nin_text.text import NiNTextForSequenceClassification
+from nin_text.text import NiNTextForSequenceClassification, NiNTextModel
 from nin_text.tokenization import KINDS, cached_tokenizer, load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 MIN_BUCKETS, MAX_BUCKETS = 2**12, 2**22
 MAX_BUCKETS_TIMES_CLASSES = 2**25  # 128 MiB of weights
@@ -38,7 +41,8 @@ def build(
     """A fresh classifier for the training texts, or one from outside to fine-tune.
 
     Args:
-        options: with the recipe filled in.
+        options: with the recipe filled in. Its `model` may be the folder of a saved NiN, of which
+            encoder and tokenizer are kept.
         texts, labels: the training split; the tokenizer and class weights are made from it.
         label_names: class names by index.
 
@@ -50,7 +54,8 @@ def build(
         "id2label": dict(enumerate(label_names)),
         "label2id": {name: i for i, name in enumerate(label_names)},
     }
-    if options.model not in PRESETS and options.model not in NETWORKS:
+    again = saved_nin(options.model)
+    if options.model not in PRESETS and options.model not in NETWORKS and not again:
         return _from_outside(options.model, names)
     if options.tokenizer in KINDS:
         tokenizer: PreTrainedTokenizerBase = cached_tokenizer(
@@ -76,12 +81,26 @@ def build(
         or _ngram_buckets(texts, options.ngrams, len(label_names)),
         "class_weights": _class_weights(options, labels, len(label_names)),
     }
-    config = NiNTextConfig.from_preset(
-        options.model,
-        **fixed,
-        **{key: value for key, value in overrides.items() if value is not None},
-    )
+    given = {key: value for key, value in overrides.items() if value is not None}
+    if again:
+        given["class_weights"] = overrides["class_weights"]  # none, perhaps, instead of the saved
+        return _with_saved_encoder(options.model, names | given), tokenizer
+    config = NiNTextConfig.from_preset(options.model, **fixed, **given)
     return NiNTextForSequenceClassification(config), tokenizer
+
+
+def _with_saved_encoder(folder: str, settings: dict[str, Any]) -> PreTrainedModel:
+    """A classifier with the encoder of a saved NiN, and everything else new."""
+    try:
+        config = NiNTextConfig.from_pretrained(folder)
+        config.update({"problem_type": None, **settings})
+        encoder = NiNTextModel.from_pretrained(folder, config=config, use_safetensors=True)
+    except Exception as error:
+        raise UserError(cannot_load(folder, error)) from error
+    logger.info(
+        "encoder and tokenizer of %s are kept; classifier and n-gram evidence are new", folder
+    )
+    return NiNTextForSequenceClassification.from_encoder(encoder)
 
 
 def _ngram_buckets(texts: Sequence[str], size: int, classes: int) -> int:
@@ -126,12 +145,19 @@ def _from_outside(
         config = AutoConfig.from_pretrained(
             name, problem_type="single_label_classification", **names
         )
+        if isinstance(config, NiNTextConfig):
+            raise UserError(
+                f"{name} is a NiN, and its encoder can be trained on: download it "
+                f"(hf download {name} --local-dir FOLDER) and give --model FOLDER"
+            )
         for option in ATTENTION_DROPOUTS:
             if hasattr(config, option):
                 setattr(config, option, 0.0)
         model = AutoModelForSequenceClassification.from_pretrained(
             name, config=config, ignore_mismatched_sizes=True, use_safetensors=True
         )
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(cannot_load(name, error)) from error
     tokenizer = load_tokenizer(name)

@@ -3,114 +3,25 @@
 Token embeddings, one of the ENCODERS, dropout, one linear map to classes. The four differ in the
 encoder alone, so each is a small module that maps embedded texts to one vector for each.
 
-Importing this module registers the classes with transformers' AutoConfig and
-AutoModelForSequenceClassification. There is no `from __future__ import annotations` here: see
-`configuration.py`.
+Their configuration is in `configuration.py`. Importing this module registers the class with
+transformers' AutoModelForSequenceClassification.
 
 Letters in shapes: B texts, T tokens, E embedding size, H hidden size, C size of a text's vector,
 K classes.
 """
 
 import math
-from dataclasses import field
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import can_return_tuple
 
-NETWORKS: dict[str, dict[str, Any]] = {
-    "kim-cnn": {
-        "architecture": "kim-cnn",
-        "embedding_size": 300,
-        "hidden_size": 100,
-        "kernel_sizes": [3, 4, 5],
-        "dropout": 0.5,
-    },
-    "dpcnn": {
-        "architecture": "dpcnn",
-        "embedding_size": 300,
-        "hidden_size": 250,
-        "num_layers": 4,
-        "dropout": 0.5,
-    },
-    "bilstm": {
-        "architecture": "bilstm",
-        "embedding_size": 300,
-        "hidden_size": 150,
-        "num_layers": 1,
-        "dropout": 0.5,
-    },
-    "transformer": {
-        "architecture": "transformer",
-        "embedding_size": 256,
-        "hidden_size": 1024,
-        "num_layers": 4,
-        "num_heads": 4,
-        "max_positions": 512,
-        "dropout": 0.1,
-    },
-}
-
-
-@strict
-class BaselineConfig(PreTrainedConfig):
-    """Configuration of the baselines.
-
-    Args:
-        architecture: a key of ENCODERS.
-        vocab_size: rows of the embedding table.
-        embedding_size: E, width of the token embeddings.
-        hidden_size: H: filters of each width (kim-cnn), channels (dpcnn), units in each direction
-            (bilstm) or width of the feed-forward layers (transformer).
-        kernel_sizes: widths of the filters (kim-cnn).
-        num_layers: blocks (dpcnn) or layers (bilstm, transformer).
-        num_heads: attention heads of each layer (transformer).
-        max_positions: tokens that a text is cut to (transformer).
-        dropout: after the encoder and, in the transformer, within it.
-        pad_token_id: embedding row that stays zero.
-    """
-
-    model_type = "nin-text-baseline"
-
-    architecture: str = "kim-cnn"
-    vocab_size: int = 30_000
-    embedding_size: int = 300
-    hidden_size: int = 100
-    kernel_sizes: list[int] = field(default_factory=lambda: [3, 4, 5])
-    num_layers: int = 1
-    num_heads: int = 1
-    max_positions: int = 512
-    dropout: float | int = 0.5
-    pad_token_id: int | None = 0
-
-    def validate_architecture(self) -> None:
-        """Refuse sizes that no network can have, before anything is allocated."""
-        if self.architecture not in ENCODERS:
-            raise ValueError(
-                f"no architecture named {self.architecture!r}; there are {', '.join(ENCODERS)}"
-            )
-        if not self.kernel_sizes:
-            raise ValueError("kernel_sizes is empty; there must be at least one")
-        sizes = (self.vocab_size, self.embedding_size, self.hidden_size, *self.kernel_sizes)
-        if min(*sizes, self.num_layers, self.num_heads, self.max_positions) < 1:
-            raise ValueError("vocabulary, sizes, layers, heads and positions must be positive")
-        if self.architecture == "transformer" and self.embedding_size % self.num_heads:
-            raise ValueError(
-                f"{self.num_heads} heads cannot share embeddings of size {self.embedding_size}"
-            )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
+from nin_text.configuration import BaselineConfig
 
 
 class Encoder(nn.Module):
@@ -336,7 +247,6 @@ def max_over_time(x: Tensor, mask: Tensor) -> Tensor:
     return x.masked_fill(~mask[:, None], -math.inf).amax(dim=2)
 
 
-AutoConfig.register(BaselineConfig.model_type, BaselineConfig, exist_ok=True)
 AutoModelForSequenceClassification.register(
     BaselineConfig, BaselineForSequenceClassification, exist_ok=True
 )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import math
 import types
 import typing
@@ -188,8 +189,9 @@ class TrainOptions(CommonOptions, DataOptions):
 
     model: str = option(
         f"NiN preset ({', '.join(PRESET_NAMES)}); network to compare it with, also trained from "
-        f"scratch ({', '.join(NETWORK_NAMES)}); or the hub id or folder of any Hugging Face "
-        f"sequence classifier, which is then fine-tuned by the same trainer "
+        f"scratch ({', '.join(NETWORK_NAMES)}); the folder of a saved NiN, whose encoder and "
+        f"tokenizer are kept; or the hub id or folder of any other Hugging Face sequence "
+        f"classifier, which is then fine-tuned by the same trainer "
         f"({', '.join(PACKAGED)} needs no hub)",
         "nin-text-base",
     )
@@ -243,9 +245,7 @@ class TrainOptions(CommonOptions, DataOptions):
 
     def arguments(self) -> dict[str, Any]:
         """As of `DataOptions`, and whether `load_text_dataset` is to read unlabelled texts."""
-        return super().arguments() | {
-            "unsupervised": self.model in PRESET_NAMES and self.unlabelled
-        }
+        return super().arguments() | {"unsupervised": is_nin(self.model) and self.unlabelled}
 
 
 @dataclass
@@ -359,10 +359,13 @@ def with_recipe(options: TrainOptions, examples: int) -> TrainOptions:
     """
     recipe = dict(RECIPES["default"])
     recipe["batch_size"] = min(recipe["batch_size"], max(4, examples // MIN_BATCHES))
-    if options.model in PRESET_NAMES:
+    if is_nin(options.model):
         recipe |= RECIPES.get(options.dataset, {})
         if options.ngrams == 0:
             recipe["pretrain_epochs"] = 0  # which predicts n-grams
+        if options.model not in PRESET_NAMES:
+            _check_honoured(options)
+            recipe |= {"tokenizer": options.model, "pretrain_epochs": 0}  # there is an encoder
     else:
         _check_honoured(options)
         recipe |= RECIPES[options.model if options.model in NETWORK_NAMES else "fine-tuning"]
@@ -370,9 +373,26 @@ def with_recipe(options: TrainOptions, examples: int) -> TrainOptions:
     return dataclasses.replace(options, **missing)
 
 
+def is_nin(model: str) -> bool:
+    """Whether `--model` names a preset or the folder of a saved NiN."""
+    return model in PRESET_NAMES or saved_nin(model)
+
+
+def saved_nin(folder: str) -> bool:
+    """Whether a folder holds a NiN for text, judging by its config.json."""
+    try:
+        text = (Path(folder) / "config.json").read_text(encoding="utf-8")
+        return bool(json.loads(text)["model_type"] == "nin_text")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def _check_honoured(options: TrainOptions) -> None:
-    """Refuse options that a model other than NiN would silently ignore."""
-    refused = dict.fromkeys(NIN_ONLY, f"NiN presets ({', '.join(PRESET_NAMES)})")
+    """Refuse options that a model other than a NiN preset would silently ignore."""
+    refused = dict.fromkeys(
+        ("pooling",) if is_nin(options.model) else NIN_ONLY,
+        f"NiN presets ({', '.join(PRESET_NAMES)})",
+    )
     if options.model not in NETWORK_NAMES:
         trained = ", ".join(PRESET_NAMES + NETWORK_NAMES)
         refused |= dict.fromkeys(TOKENIZER_OPTIONS, f"NiN presets and networks ({trained})")

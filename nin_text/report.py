@@ -11,10 +11,13 @@ import resource
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
+from huggingface_hub import EvalResult, ModelCardData
+
+from nin_text.data import KNOWN
 
 LIBRARIES = "nin-text torch transformers datasets tokenizers scikit-learn accelerate numpy".split()
 MAX_CLASSES_SHOWN = 30
@@ -146,21 +149,31 @@ def plot_confusion(matrix: Sequence[Sequence[int]], names: Sequence[str], path: 
     _save(figure, path)
 
 
+# ---- the model card ----------------------------------------------------------------------------
+
+
 def model_card(metrics: dict[str, Any]) -> str:
-    """The README.md of a run folder, in the hub's format."""
+    """The README.md of a run folder, in the hub's format, without the names of local folders.
+
+    Args:
+        metrics: what `metrics.json` holds.
+    """
     test, validation = metrics["test"], metrics["validation"]
     low, high = test["accuracy_interval_95"]
     labels = ", ".join(f"`{name}`" for name in metrics["label_names"][:MAX_CLASSES_SHOWN])
+    more = len(metrics["label_names"]) - MAX_CLASSES_SHOWN
+    table = metrics["ngram_table_entries"]
     notes = "".join(f"- {note}\n" for note in metrics["notes"])
+    model, dataset = _without_folders(metrics["model"]), _without_folders(metrics["dataset"])
+    ours = metrics["architecture"].startswith(("NiN", "Baseline"))
     return f"""---
-library_name: transformers
-pipeline_tag: text-classification
-tags: [nin-text, text-classification]
+{_card_data(metrics, f"{model} on {dataset}").to_yaml().rstrip()}
 ---
-# {metrics["model"]} on {metrics["dataset"]}
+# {model} on {dataset}
 
-A text classifier with {metrics["parameters"]:,} parameters, a table of n-gram evidence with
-{metrics["ngram_table_entries"]:,} entries, and {len(metrics["label_names"])} classes: {labels}.
+A text classifier with {metrics["parameters"]:,} parameters\
+{f", a table of n-gram evidence with {table:,} entries," if table else ""} and \
+{len(metrics["label_names"])} classes: {labels}{f" and {more} more" if more > 0 else ""}.
 
 | split | n | accuracy | macro F1 | log loss | calibration error |
 |---|---|---|---|---|---|
@@ -176,23 +189,105 @@ once, at the end.
 ## Use
 
 ```python
-import nin_text  # registers the architecture with transformers
+{"import nin_text  # registers the architecture with transformers" + chr(10) if ours else ""}\
 from transformers import pipeline
 
-classify = pipeline("text-classification", model="path/to/this/folder")
+classify = pipeline("text-classification", model="path/to/this/folder")  # or its id on the hub
 classify("Your text here.")
 ```
 
 ## Training
 
-- data: {metrics["dataset"]} ({metrics["data_source"]}), {metrics["train_examples"]:,} training
+- data: {dataset} ({_source(metrics)}), {metrics["train_examples"]:,} training
   examples, fingerprint `{metrics["data_fingerprint"]}`
-- command: `{metrics["command"]}`
+- command: `{_command_without_folders(metrics["command"])}`
 - {metrics["train_seconds"]:.0f} s on {metrics["environment"]["processor"]}, \
 {metrics["environment"]["threads"]} threads, seed {metrics["seed"]}, {metrics["precision"]}
 {notes}
 ## Limits
 
-The classifier knows the kind of text it was trained on. It has not been examined for bias, and
-its probabilities are only as well calibrated as the table says, on text like the test split.
+{_mistakes(test["confusion_matrix"], metrics["label_names"])}
+It gives one of its classes to any text, also to one that belongs to none of them or is in another
+language. The classifier knows the kind of text it was trained on. It has not been examined for
+bias, and its probabilities are only as well calibrated as the table says, on text like the test
+split.
+
+The licence is for whoever publishes the model to state; that of the training data has a say.
 """
+
+
+def _card_data(metrics: dict[str, Any], name: str) -> ModelCardData:
+    """What the hub reads of a card."""
+    hub_id = _hub_id(metrics)
+    dataset = _without_folders(metrics["dataset"])
+    values = {
+        "accuracy": ("accuracy", metrics["test"]["accuracy"]),
+        "f1": ("macro F1", metrics["test"]["macro_f1"]),
+    }
+    return ModelCardData(
+        license="unknown",
+        library_name="transformers",
+        pipeline_tag="text-classification",
+        tags=["nin-text", "text-classification"],
+        datasets=[hub_id or slug(dataset)],
+        metrics=list(values),
+        model_name=name,
+        eval_results=[
+            EvalResult(
+                task_type="text-classification",
+                task_name="Text classification",
+                dataset_type=hub_id or slug(dataset),
+                dataset_name=dataset,
+                dataset_split="test",
+                metric_type=metric,
+                metric_name=title,
+                metric_value=round(value, 6),
+            )
+            for metric, (title, value) in values.items()
+        ],
+    )
+
+
+def _hub_id(metrics: dict[str, Any]) -> str | None:
+    """The data set's id on the hub, though a local copy of it may have been read."""
+    if metrics["data_source"].startswith("hub:"):
+        return str(metrics["data_source"].removeprefix("hub:"))
+    return KNOWN[metrics["dataset"]].hub_id if metrics["dataset"] in KNOWN else None
+
+
+def _source(metrics: dict[str, Any]) -> str:
+    source = metrics["data_source"]
+    return source if source == "generated" or source.startswith("hub:") else "local files"
+
+
+def _mistakes(matrix: Sequence[Sequence[int]], names: Sequence[str]) -> str:
+    """A sentence on the most frequent mistake."""
+    wrong = {
+        (i, j): count
+        for i, row in enumerate(matrix)
+        for j, count in enumerate(row)
+        if i != j and count
+    }
+    n = sum(map(sum, matrix))
+    if not wrong:
+        return f"None of the {n:,} test texts was classified wrongly."
+    i, j = max(wrong, key=lambda pair: wrong[pair])
+    return (
+        f"Of {n:,} test texts {sum(wrong.values()):,} were classified wrongly; most often,\n"
+        f"`{names[i]}` was taken for `{names[j]}` ({wrong[i, j]:,} of {sum(matrix[i]):,})."
+    )
+
+
+def _command_without_folders(command: str) -> str:
+    words = shlex.split(command)
+    parts = []
+    for part in words[words.index("python") :]:  # what comes before says where data lie
+        name, equals, value = part.rpartition("=")
+        parts.append(f"{name}{equals}{_without_folders(value)}")
+    return shlex.join(parts)
+
+
+def _without_folders(name: str) -> str:
+    """The last part of a path that tells where somebody keeps their files; else the name."""
+    path = PurePath(name)
+    return path.name if path.is_absolute() or name.startswith("~") or ".." in path.parts else name

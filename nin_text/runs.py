@@ -22,7 +22,7 @@ from nin_text.data import TextDataset, load_text_dataset
 from nin_text.device import keep_freed_memory, pick_device, use_bf16
 from nin_text.errors import UserError
 from nin_text.evaluation import classification_metrics, softmax
-from nin_text.options import PRESET_NAMES, TrainOptions, check, with_recipe
+from nin_text.options import TrainOptions, check, is_nin, with_recipe
 from nin_text.text import NiNTextForSequenceClassification, NiNTextPreTrainedModel
 from nin_text.tokenization import encode
 from nin_text.training import EncodedTexts, TextTrainer, last_checkpoint, training_arguments
@@ -69,7 +69,7 @@ def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dic
     if processes.is_main_process:
         _open_run_folder(folder, record, resume=options.resume)
     processes.wait_for_everyone()
-    if options.model in PRESET_NAMES:
+    if is_nin(options.model):
         # Whose batches have few sizes. Those of a transformer are all different: the heap would
         # fragment (14 GB after MiniLM-L6 had scored IMDB).
         keep_freed_memory()
@@ -253,7 +253,7 @@ def _train(
         "seed": options.seed,
         "bf16": use_bf16(options.precision, device),
         "device": device,
-        "find_unused_parameters": options.model not in PRESET_NAMES,
+        "find_unused_parameters": not is_nin(options.model),
     }
 
     ngram_scale = 1.0

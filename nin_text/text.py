@@ -8,8 +8,11 @@ Importing this module registers the classes with transformers' AutoModel and
 AutoModelForSequenceClassification. Letters in shapes: see `blocks.py`.
 """
 
+import copy
+import logging
 import math
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +28,12 @@ from transformers.utils import ModelOutput, can_return_tuple
 from nin_text.blocks import Dropout, MLPConv, Rows, max_pool_rows, pooling_weights
 from nin_text.configuration import NiNTextConfig
 from nin_text.ngrams import NGramEvidence
+
+logger = logging.getLogger(__name__)
+
+# Arguments of `from_pretrained` that say where a model lies.
+PLACE = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+DTYPE = ("dtype", "torch_dtype")
 
 
 @dataclass
@@ -62,7 +71,7 @@ class NiNTextPreTrainedModel(PreTrainedModel):
     config_class = NiNTextConfig
     base_model_prefix = "nin"
     accepts_loss_kwargs = True
-    # Models saved before 0.1.0 have this bias, which changed nothing.
+    # Older files have this bias, which softmax cancels.
     _keys_to_ignore_on_load_unexpected = [r"attention\.bias"]
 
     @torch.no_grad()
@@ -89,6 +98,9 @@ class NiNTextPreTrainedModel(PreTrainedModel):
 
 class NiNTextModel(NiNTextPreTrainedModel):
     """The encoder: token ids to one vector for each token and one for the text."""
+
+    # It is loaded from saved classifiers, whose head it has no use for.
+    _keys_to_ignore_on_load_unexpected = [r"^classifier\.", r"^ngrams\.", r"attention\.bias"]
 
     def __init__(self, config: NiNTextConfig) -> None:
         super().__init__(config)
@@ -231,6 +243,65 @@ class NiNTextForSequenceClassification(NiNTextPreTrainedModel):
         )
         self.post_init()
 
+    @classmethod
+    def from_encoder(cls, encoder: NiNTextModel) -> Self:
+        """A classifier with a new head for the labels of `encoder.config`.
+
+        Args:
+            encoder: is taken over, not copied.
+        """
+        model = cls(encoder.config)
+        model.classifier.to(encoder.device, encoder.dtype)
+        model.nin = encoder
+        return model.train(encoder.training)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any
+    ) -> Any:
+        """As of PreTrainedModel; for another number of labels, the encoder of the saved model.
+
+        The head is then new, as is to be expected, and so there is one warning and no need for
+        `ignore_mismatched_sizes`. N-gram evidence, which is of the old labels, is left out, and so
+        are class weights. With as many labels as before, whatever their names, nothing is new.
+
+        Raises:
+            ValueError, OSError: as transformers does.
+        """
+        folder = pretrained_model_name_or_path
+        if folder is None:
+            return super().from_pretrained(folder, *model_args, **kwargs)
+        place = {name: kwargs[name] for name in PLACE if name in kwargs}
+        saved = NiNTextConfig.from_pretrained(folder, **place)
+        config, loading = kwargs.get("config"), dict(kwargs)
+        if not isinstance(config, NiNTextConfig):
+            kept = {n: value for n, value in kwargs.items() if n in (*PLACE, *DTYPE)}
+            given = {n: value for n, value in kwargs.items() if n not in kept and n != "config"}
+            config, unused = NiNTextConfig.from_pretrained(
+                config or folder, return_unused_kwargs=True, **place, **given
+            )
+            loading = {**kept, **unused}
+        if config.num_labels == saved.num_labels:
+            return super().from_pretrained(folder, *model_args, **kwargs)
+        wants_info = loading.pop("output_loading_info", False)
+        loaded: Any = NiNTextModel.from_pretrained(
+            folder,
+            *model_args,
+            **{**loading, "config": _of_new_labels(config), "output_loading_info": True},
+        )
+        logger.warning(
+            "%s was saved with %s labels, not %s: its encoder is kept%s; the classifier is new and "
+            "has to be trained",
+            folder,
+            saved.num_labels,
+            config.num_labels,
+            ", its n-gram evidence is left out" if saved.ngram_size else "",
+        )
+        encoder, info = loaded
+        model = cls.from_encoder(encoder)
+        info["missing_keys"] |= {"classifier.weight", "classifier.bias"}
+        return (model, info) if wants_info else model
+
     @torch.no_grad()
     def rescale(self, network: float, ngrams: float) -> None:
         """Multiply what the network, and what the n-grams, add to the logits by a factor."""
@@ -287,6 +358,16 @@ class NiNTextForSequenceClassification(NiNTextPreTrainedModel):
             if labels is not None:
                 loss = classification_loss(logits, labels, self.config, num_items_in_batch)
         return NiNTextClassifierOutput(loss=loss, logits=logits, evidence=evidence)
+
+
+def _of_new_labels(config: NiNTextConfig) -> NiNTextConfig:
+    """A copy without what belongs to the labels before."""
+    config = copy.deepcopy(config)
+    config.ngram_size = 0
+    if config.class_weights is not None and len(config.class_weights) != config.num_labels:
+        config.class_weights = None
+    config.label2id = {str(name): int(i) for i, name in (config.id2label or {}).items()}
+    return config
 
 
 def classification_loss(

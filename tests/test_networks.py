@@ -15,14 +15,10 @@ from test_text import VOCABULARY, pad, random_texts
 from transformers import AutoModelForSequenceClassification
 
 from nin_text import models
+from nin_text.configuration import NETWORKS, BaselineConfig
 from nin_text.errors import UserError
 from nin_text.inference import evaluate_text, predict_text
-from nin_text.networks import (
-    ENCODERS,
-    NETWORKS,
-    BaselineConfig,
-    BaselineForSequenceClassification,
-)
+from nin_text.networks import ENCODERS, BaselineForSequenceClassification
 from nin_text.options import EvaluateOptions, PredictOptions, TrainOptions, with_recipe
 
 # What a text must not be changed by is tested on networks that are fast.

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from nin_text.configuration import PRESETS
+from nin_text.configuration import NETWORKS, PRESETS
 from nin_text.data import KNOWN
 from nin_text.demo_data import LABELS
 from nin_text.errors import UserError
-from nin_text.networks import NETWORKS
 from nin_text.options import (
     NETWORK_NAMES,
     PRESET_NAMES,

@@ -16,8 +16,9 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 from nin_text import UserError, load_text_dataset, train_tokenizer
 from nin_text.baselines import TOKEN, LinearNGrams, choose, count_tokens, weights_of
+from nin_text.configuration import BaselineConfig
 from nin_text.data import Split, TextDataset
-from nin_text.networks import BaselineConfig, BaselineForSequenceClassification
+from nin_text.networks import BaselineForSequenceClassification
 from nin_text.options import CompareOptions
 from nin_text.systems import create, network_cost
 

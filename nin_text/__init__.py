@@ -33,6 +33,7 @@ _HOMES = {
     "train_text": "runs",
     "evaluate_text": "inference",
     "predict_text": "inference",
+    "export_onnx": "export",
 }
 
 __all__ = list(_HOMES)

@@ -13,7 +13,7 @@ import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from nin_text.errors import UserError
 
@@ -289,6 +289,20 @@ class PredictOptions(CommonOptions):
         "show each text on standard error with its tokens coloured by their evidence (green: for "
         "the answer, red: against it), and add the evidence to the JSON",
         False,
+    )
+
+
+@dataclass
+class ExportOptions(CommonOptions, DataOptions):
+    """How a saved NiN model becomes ONNX files."""
+
+    device: ClassVar[str] = "cpu"  # type: ignore[misc]  # no option: export computes on the CPU
+    model: str = option("run folder of a NiN text model", required=True, metavar="FOLDER")
+    output_dir: Path | None = option("folder to write (default: onnx/ in the run folder)")
+    int8: bool = option("also write model.int8.onnx, if it is accurate enough", True)
+    dataset: str | None = option(  # type: ignore[assignment]
+        "labelled texts on whose validation split (of a single file: all rows) the int8 model is "
+        "checked (default: the data that the model was trained on)"
     )
 
 

@@ -33,12 +33,17 @@ _HOMES = {
     "train_text": "runs",
     "evaluate_text": "inference",
     "predict_text": "inference",
+    "Explanation": "explain",
+    "explain_html": "explain_page",
+    "deletion_test": "faithfulness",
 }
 
 __all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
+    if name == "explain":  # the module, as it is once anything has imported it
+        return importlib.import_module(f"{__name__}.explain")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

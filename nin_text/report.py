@@ -19,6 +19,7 @@ import torch
 LIBRARIES = "nin-text torch transformers datasets tokenizers scikit-learn accelerate numpy".split()
 MAX_CLASSES_SHOWN = 30
 METRICS_FILE = "metrics.json"
+MISTAKES_FILE = "mistakes.html"  # of a NiN model
 
 
 def write_text(path: Path, text: str) -> None:
@@ -152,6 +153,12 @@ def model_card(metrics: dict[str, Any]) -> str:
     low, high = test["accuracy_interval_95"]
     labels = ", ".join(f"`{name}`" for name in metrics["label_names"][:MAX_CLASSES_SHOWN])
     notes = "".join(f"- {note}\n" for note in metrics["notes"])
+    mistakes = (
+        f"The most confident mistakes on the validation split, with the evidence of every token, "
+        f"are in `{MISTAKES_FILE}`: a page that shows texts of the data.\n\n"
+        if metrics["architecture"] == "NiNTextForSequenceClassification"
+        else ""
+    )
     return f"""---
 library_name: transformers
 pipeline_tag: text-classification
@@ -173,7 +180,7 @@ A text classifier with {metrics["parameters"]:,} parameters, a table of n-gram e
 {low:.4f} to {high:.4f}. The model was chosen on the validation split; the test split was read
 once, at the end.
 
-## Use
+{mistakes}## Use
 
 ```python
 import nin_text  # registers the architecture with transformers

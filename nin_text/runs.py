@@ -21,6 +21,7 @@ from nin_text.data import TextDataset, load_text_dataset
 from nin_text.device import keep_freed_memory, pick_device, use_bf16
 from nin_text.errors import UserError
 from nin_text.evaluation import classification_metrics, softmax
+from nin_text.explain_page import mistakes_html
 from nin_text.options import PRESET_NAMES, TrainOptions, check, with_recipe
 from nin_text.text import NiNTextForSequenceClassification, NiNTextPreTrainedModel
 from nin_text.tokenization import encode
@@ -105,6 +106,7 @@ def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dic
         answers[split] = softmax(logits).astype(np.float32)
 
     score("validation")
+    mistakes = _mistakes(options, dataset, trainer, tokenizer, answers["validation"])
     if options.ngrams:
         stages.refit_ngrams(trainer, encoded["train"], ngram_scale)
     # All that it took to make the classifier, reading the data left out.
@@ -114,7 +116,7 @@ def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dic
     metrics["peak_memory_mb"] = round(report.peak_memory_mb(), 1)
     metrics["total_seconds"] = round(time.perf_counter() - started, 2)
     if trainer.is_world_process_zero():
-        _leave(folder, trainer.best_model, tokenizer, metrics, answers)
+        _leave(folder, trainer.best_model, tokenizer, metrics, answers, mistakes)
     return _summary(metrics, folder)
 
 
@@ -308,12 +310,30 @@ def _best_epoch(trainer: TextTrainer) -> int | None:
     return round(epochs[0]) if epochs else None
 
 
+def _mistakes(
+    options: TrainOptions,
+    dataset: TextDataset,
+    trainer: TextTrainer,
+    tokenizer: PreTrainedTokenizerBase,
+    probabilities: np.ndarray,
+) -> str | None:
+    """The page of mistakes on the validation split, before the n-grams are fitted to it, too."""
+    model = trainer.best_model
+    if not isinstance(model, NiNTextForSequenceClassification):
+        return None
+    part = dataset.splits["validation"]
+    return mistakes_html(
+        model, tokenizer, part.texts, part.labels, probabilities, max_length=options.max_length
+    )
+
+
 def _leave(
     folder: Path,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     metrics: dict[str, Any],
     answers: dict[str, np.ndarray],
+    mistakes: str | None,
 ) -> None:
     """Put the results into the run folder; metrics.json, written last, says that it is whole."""
     aside = folder / ".saving"
@@ -324,14 +344,19 @@ def _leave(
     report.plot_curves(metrics["history"], aside / "curves.png")
     matrix = metrics["test"]["confusion_matrix"]
     report.plot_confusion(matrix, metrics["label_names"], aside / "confusion.png")
+    if mistakes is not None:
+        report.write_text(aside / report.MISTAKES_FILE, mistakes)
     (aside / "README.md").write_text(report.model_card(metrics), encoding="utf-8")
-    (folder / report.METRICS_FILE).unlink(missing_ok=True)
+    for name in (report.METRICS_FILE, report.MISTAKES_FILE):
+        (folder / name).unlink(missing_ok=True)
     for path in aside.iterdir():
         path.replace(folder / path.name)
     aside.rmdir()
     report.write_json(folder / report.METRICS_FILE, metrics)
     _discard(folder / "checkpoints")
     logger.info("the model, its metrics and plots are in %s", folder)
+    if mistakes is not None:
+        logger.info("its most confident mistakes: %s", folder / report.MISTAKES_FILE)
 
 
 def _summary(metrics: dict[str, Any], folder: Path) -> dict[str, Any]:

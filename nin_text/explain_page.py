@@ -316,9 +316,9 @@ def _legend() -> str:
         return "".join(f'<span class="{letter}{level}"></span>' for level in levels)
 
     return (
-        f'<div class="legend"><span>against the class (dotted line)</span>'
+        f'<div class="legend"><span>against the class (dotted)</span>'
         f'<span class="ramp" aria-hidden="true">{ramp("a")}<span></span>{ramp("f")}</span>'
-        f"<span>for the class (solid line)</span></div>"
+        f"<span>for it (solid)</span></div>"
     )
 
 

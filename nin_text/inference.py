@@ -115,6 +115,7 @@ def predict_text(
     Raises:
         UserError: whatever the user can mend, in one sentence.
     """
+    path = _page_path(options)
     model, tokenizer, names, autocast = _load_model(options)
     if options.explain and not isinstance(model, NiNTextForSequenceClassification):
         raise UserError("--explain needs a NiN model: only its answers are a sum over tokens")
@@ -125,12 +126,16 @@ def predict_text(
         texts = (line.rstrip("\r\n") for line in lines or ())
     if options.limit is not None:
         texts = itertools.islice(texts, options.limit)
-    page = _page(options, names)
+    page = None if path is None else Page(names, "Explanations", f"Answers of {options.model}.")
     try:
         yield from _answers(options, model, tokenizer, names, autocast, texts, page)
     finally:  # also if the reader of our answers has seen enough
         if page is not None and page.texts:
-            _write_page(page, options)
+            assert path is not None
+            path.parent.mkdir(parents=True, exist_ok=True)
+            report.write_text(path, page.html())
+            shown = f"{len(page.sections):,} of " * (page.texts > len(page.sections))
+            logger.info("%s explains %s%s texts", path, shown, f"{page.texts:,}")
 
 
 def _answers(
@@ -187,8 +192,8 @@ def _explain(
     ]
 
 
-def _page(options: PredictOptions, names: list[str]) -> Page | None:
-    """The page to be written, if one is asked for and can be."""
+def _page_path(options: PredictOptions) -> Path | None:
+    """Where the page is to be written, if one is asked for."""
     if options.explain != "html":
         if options.explain_file is not None:
             raise UserError("--explain-file names the page of --explain html; give both")
@@ -196,15 +201,7 @@ def _page(options: PredictOptions, names: list[str]) -> Page | None:
     path = options.explain_file or Path(EXPLAIN_FILE)
     if path.is_dir():
         raise UserError(f"{path} is a folder; --explain-file must name a file")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return Page(names, "Explanations", f"Answers of {options.model}.")
-
-
-def _write_page(page: Page, options: PredictOptions) -> None:
-    path = options.explain_file or Path(EXPLAIN_FILE)
-    report.write_text(path, page.html())
-    shown = "" if page.texts == len(page.sections) else f" the first {len(page.sections):,} of"
-    logger.info("%s explains%s %s texts", path, shown, f"{page.texts:,}")
+    return path
 
 
 def _read_texts(options: PredictOptions) -> list[str]:

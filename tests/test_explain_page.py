@@ -17,8 +17,11 @@ from safetensors.numpy import load_file
 
 import nin_text
 from nin_text import explain_page, models
+from nin_text.errors import UserError
 from nin_text.explain import Explanation, contrast, explain
 from nin_text.explain_page import Page, explain_html, mistakes_html, phrases, visible
+from nin_text.inference import predict_text
+from nin_text.options import PredictOptions
 
 GOOD, BAD = "The plot is witty .", "The plot was witty at first but dull in the end ."
 HOSTILE = [
@@ -311,31 +314,38 @@ def test_explain_html_writes_a_page_and_the_same_lines(
     ]
 
 
-def test_a_file_of_texts_is_explained_where_asked(
-    script: Script, trained: Path, tmp_path: Path
-) -> None:
-    lines = f"{GOOD}\n" * 201
-    run = script(
-        *("predict_text", "--model", trained, "--explain", "html"),
-        *("--explain-file", "new/page.html"),
-        stdin=lines,
-    )
-    assert run.status == 0 and len(run.lines) == 201, run.err
-    assert "explains the first 200 of 201 texts" in run.err
-    assert "the first 200 of 201 texts" in (tmp_path / "new/page.html").read_text("utf-8")
+def test_a_stream_of_texts_is_explained_where_asked(trained: Path, tmp_path: Path) -> None:
+    path = tmp_path / "new" / "page.html"
+    options = PredictOptions(model=str(trained), explain="html", explain_file=path)
+    answers = predict_text(options, [f"{GOOD}\n"] * 201)
+    assert "evidence" in next(answers) and not path.exists()
+    assert len(list(answers)) == 200
+    assert "the first 200 of 201 texts" in path.read_text("utf-8")
+
+
+def test_a_reader_that_stops_early_gets_the_page_so_far(trained: Path, tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    options = PredictOptions(model=str(trained), explain="html", explain_file=path)
+    answers = predict_text(options, [GOOD] * 9)
+    next(answers)
+    answers.close()
+    assert len(Parsed(path.read_text("utf-8")).tokens) == 1
 
 
 @pytest.mark.parametrize(
-    ("arguments", "complaint"),
+    ("explain", "file", "complaint"),
     [
-        (["--explain-file", "a.html"], "--explain-file names the page of --explain html"),
-        (["--explain", "html", "--explain-file", "."], "must name a file"),
+        (None, "a.html", "--explain-file names the page of --explain html"),
+        ("text", "a.html", "--explain-file names the page of --explain html"),
+        ("html", ".", "must name a file"),
     ],
 )
-def test_what_cannot_be_written_is_refused(
-    script: Script, trained: Path, arguments: list[str], complaint: str
+def test_what_cannot_be_written_is_refused_at_once(
+    explain: str | None, file: str, complaint: str
 ) -> None:
-    assert complaint in script("predict_text", "--model", trained, *arguments, GOOD).complaint
+    options = PredictOptions(model="none", texts=[GOOD], explain=explain, explain_file=Path(file))
+    with pytest.raises(UserError, match=complaint):
+        next(predict_text(options))
 
 
 # ---- of a run ----------------------------------------------------------------------------------

@@ -34,12 +34,17 @@ _HOMES = {
     "evaluate_text": "inference",
     "predict_text": "inference",
     "export_onnx": "export",
+    "Explanation": "explain",
+    "explain_html": "explain_page",
+    "deletion_test": "faithfulness",
 }
 
 __all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
+    if name == "explain":  # the module, as it is once anything has imported it
+        return importlib.import_module(f"{__name__}.explain")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TypeVar
 
 from nin_text.errors import UserError
-from nin_text.options import CommonOptions, add_options, parse_options
+from nin_text.options import CommonOptions, add_options, parse_options, spelled_out
 
 Options = TypeVar("Options", bound=CommonOptions)
 
@@ -48,7 +48,7 @@ def parse(cls: type[Options], description: str | None, examples: str) -> Options
         allow_abbrev=False,
     )
     add_options(parser, cls)
-    options = parse_options(cls, parser.parse_args())
+    options = parse_options(cls, parser.parse_args(spelled_out(cls, sys.argv[1:])))
     set_up_logging(quiet=options.quiet, verbose=options.verbose)
     return options
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -18,9 +19,14 @@ from nin_text.device import keep_freed_memory, pick_device, use_bf16
 from nin_text.errors import UserError
 from nin_text.evaluation import classification_metrics, predict_logits, softmax
 from nin_text.explain import contrast, explain, to_terminal
+from nin_text.explain_page import Page
 from nin_text.options import EvaluateOptions, PredictOptions, check
 from nin_text.text import NiNTextForSequenceClassification
 from nin_text.tokenization import encode
+
+logger = logging.getLogger(__name__)
+
+EXPLAIN_FILE = "explanation.html"
 
 # ---- evaluating --------------------------------------------------------------------------------
 
@@ -103,11 +109,13 @@ def predict_text(
 
     Yields:
         For each text, in order: text, label, probability, probabilities by class name, and with
-        `explain` the evidence of each token for the label.
+        `explain` the evidence of each token for the label. With `explain="html"` a page is written
+        at the end, or when the iterator is closed.
 
     Raises:
         UserError: whatever the user can mend, in one sentence.
     """
+    path = _page_path(options)
     model, tokenizer, names, autocast = _load_model(options)
     if options.explain and not isinstance(model, NiNTextForSequenceClassification):
         raise UserError("--explain needs a NiN model: only its answers are a sum over tokens")
@@ -118,6 +126,27 @@ def predict_text(
         texts = (line.rstrip("\r\n") for line in lines or ())
     if options.limit is not None:
         texts = itertools.islice(texts, options.limit)
+    page = None if path is None else Page(names, "Explanations", f"Answers of {options.model}.")
+    try:
+        yield from _answers(options, model, tokenizer, names, autocast, texts, page)
+    finally:  # also if the reader of our answers has seen enough
+        if page is not None and page.texts:
+            assert path is not None
+            path.parent.mkdir(parents=True, exist_ok=True)
+            report.write_text(path, page.html())
+            shown = f"{len(page.sections):,} of " * (page.texts > len(page.sections))
+            logger.info("%s explains %s%s texts", path, shown, f"{page.texts:,}")
+
+
+def _answers(
+    options: PredictOptions,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    names: list[str],
+    autocast: torch.dtype | None,
+    texts: Iterable[str],
+    page: Page | None,
+) -> Iterator[dict[str, Any]]:
     for portion in _portions(texts):
         logits = predict_logits(
             model,
@@ -137,7 +166,7 @@ def predict_text(
                 },
             }
             if isinstance(model, NiNTextForSequenceClassification) and options.explain:
-                result["evidence"] = _explain(model, tokenizer, text, answer, names, options)
+                result["evidence"] = _explain(model, tokenizer, text, answer, names, options, page)
             yield result
 
 
@@ -148,15 +177,31 @@ def _explain(
     answer: int,
     names: list[str],
     options: PredictOptions,
+    page: Page | None,
 ) -> list[list[Any]]:
     explanation = explain(model, tokenizer, text, options.max_length)
-    colored = to_terminal(explanation, answer)
-    print(f"{names[answer]}: {colored}", file=sys.stderr, flush=True)
+    if page is not None:
+        page.add(explanation)
+    else:
+        colored = to_terminal(explanation, answer)
+        print(f"{names[answer]}: {colored}", file=sys.stderr, flush=True)
     scores = contrast(explanation, answer)
     return [
         [explanation.text[start:end], round(float(score), 5)]
         for (start, end), score in zip(explanation.spans, scores, strict=True)
     ]
+
+
+def _page_path(options: PredictOptions) -> Path | None:
+    """Where the page is to be written, if one is asked for."""
+    if options.explain != "html":
+        if options.explain_file is not None:
+            raise UserError("--explain-file names the page of --explain html; give both")
+        return None
+    path = options.explain_file or Path(EXPLAIN_FILE)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; --explain-file must name a file")
+    return path
 
 
 def _read_texts(options: PredictOptions) -> list[str]:

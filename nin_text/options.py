@@ -11,6 +11,7 @@ import json
 import math
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -48,6 +49,7 @@ QUICK_LIMIT, QUICK_ROUNDS = 1000, 2
 
 MIN_BATCHES = 50
 PRECISIONS = ("auto", "bf16", "fp32")
+EXPLAIN_FORMATS = ("text", "html")
 SAVE_DTYPES = ("float32", "float16")
 MODEL_HELP = (
     f"ready-made model ({', '.join(READY_MADE)}), run folder, or the hub id of any sequence "
@@ -285,10 +287,16 @@ class PredictOptions(CommonOptions):
     max_length: int | None = option("cut texts to this many tokens (default: as in training)")
     batch_tokens: int = option("most tokens in a batch, padding included", 32_768)
     precision: str = option(PRECISION_HELP, "fp32", choices=PRECISIONS)
-    explain: bool = option(
-        "show each text on standard error with its tokens coloured by their evidence (green: for "
-        "the answer, red: against it), and add the evidence to the JSON",
-        False,
+    explain: str | None = option(
+        "add the evidence of each token to the JSON, and show it: as text (what --explain alone "
+        "means) on standard error, with the tokens coloured (green: for the answer, red: against "
+        "it); as html on a page for a browser (default: neither)",
+        nargs="?",
+        const="text",
+        choices=EXPLAIN_FORMATS,
+    )
+    explain_file: Path | None = option(
+        "page that --explain html writes (default: explanation.html)"
     )
 
 
@@ -429,7 +437,7 @@ def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
     for spec in dataclasses.fields(cls):
         arguments = dict(spec.metadata)
         kind = hints[spec.name]
-        if "nargs" in arguments:
+        if arguments.get("nargs", "?") != "?":
             (kind,) = typing.get_args(kind)
         if isinstance(kind, types.UnionType):
             kind = next(part for part in kind.__args__ if part is not type(None))
@@ -457,6 +465,27 @@ def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
             if "choices" not in arguments:
                 arguments.setdefault("metavar", kind.__name__.upper())
         parser.add_argument(flag, default=spec.default, help=text, **arguments)
+
+
+def spelled_out(cls: type, arguments: Sequence[str]) -> list[str]:
+    """Arguments in which no option whose value may be left out takes a positional for its value.
+
+    `--explain "The plot ..."` is `--explain` and a text: what follows is a value only if it is one
+    of the choices.
+    """
+    flags = {
+        "--" + spec.name.replace("_", "-"): spec.metadata
+        for spec in dataclasses.fields(cls)
+        if spec.metadata.get("nargs") == "?"
+    }
+    spelled: list[str] = []
+    for i, argument in enumerate(arguments):
+        if argument == "--":
+            return spelled + list(arguments[i:])
+        following = arguments[i + 1] if i + 1 < len(arguments) else None
+        alone = argument in flags and following not in flags[argument]["choices"]
+        spelled.append(f"{argument}={flags[argument]['const']}" if alone else argument)
+    return spelled
 
 
 def parse_options(cls: type, namespace: argparse.Namespace) -> Any:

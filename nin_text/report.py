@@ -22,6 +22,7 @@ from nin_text.data import KNOWN
 LIBRARIES = "nin-text torch transformers datasets tokenizers scikit-learn accelerate numpy".split()
 MAX_CLASSES_SHOWN = 30
 METRICS_FILE = "metrics.json"
+MISTAKES_FILE = "mistakes.html"  # of a NiN model
 
 
 def write_text(path: Path, text: str) -> None:
@@ -166,6 +167,12 @@ def model_card(metrics: dict[str, Any]) -> str:
     notes = "".join(f"- {note}\n" for note in metrics["notes"])
     model, dataset = _without_folders(metrics["model"]), _without_folders(metrics["dataset"])
     ours = metrics["architecture"].startswith(("NiN", "Baseline"))
+    mistakes = (
+        f"The most confident mistakes on the validation split, with the evidence of every token, "
+        f"are in `{MISTAKES_FILE}`: a page that shows texts of the data.\n\n"
+        if metrics["architecture"] == "NiNTextForSequenceClassification"
+        else ""
+    )
     return f"""---
 {_card_data(metrics, f"{model} on {dataset}").to_yaml().rstrip()}
 ---
@@ -186,7 +193,7 @@ A text classifier with {metrics["parameters"]:,} parameters\
 {low:.4f} to {high:.4f}. The model was chosen on the validation split; the test split was read
 once, at the end.
 
-## Use
+{mistakes}## Use
 
 ```python
 {"import nin_text  # registers the architecture with transformers" + chr(10) if ours else ""}\

@@ -22,6 +22,7 @@ from nin_text.data import TextDataset, load_text_dataset
 from nin_text.device import keep_freed_memory, pick_device, use_bf16
 from nin_text.errors import UserError
 from nin_text.evaluation import classification_metrics, softmax
+from nin_text.explain_page import mistakes_html
 from nin_text.options import TrainOptions, check, is_nin, with_recipe
 from nin_text.text import NiNTextForSequenceClassification, NiNTextPreTrainedModel
 from nin_text.tokenization import encode
@@ -111,6 +112,7 @@ def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dic
         answers[split] = softmax(logits).astype(np.float32)
 
     score("validation")
+    mistakes = _mistakes(options, dataset, trainer, tokenizer, answers["validation"])
     if options.ngrams:
         stages.refit_ngrams(trainer, encoded["train"], ngram_scale)
     dtype = getattr(torch, options.save_dtype)
@@ -122,7 +124,7 @@ def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dic
     metrics["peak_memory_mb"] = round(report.peak_memory_mb(), 1)
     metrics["total_seconds"] = round(time.perf_counter() - started, 2)
     if trainer.is_world_process_zero():
-        _leave(folder, trainer.best_model, dtype, tokenizer, metrics, answers)
+        _leave(folder, trainer.best_model, dtype, tokenizer, metrics, answers, mistakes)
     return _summary(metrics, folder)
 
 
@@ -317,6 +319,23 @@ def _best_epoch(trainer: TextTrainer) -> int | None:
     return round(epochs[0]) if epochs else None
 
 
+def _mistakes(
+    options: TrainOptions,
+    dataset: TextDataset,
+    trainer: TextTrainer,
+    tokenizer: PreTrainedTokenizerBase,
+    probabilities: np.ndarray,
+) -> str | None:
+    """The page of mistakes on the validation split, before the n-grams are fitted to it, too."""
+    model = trainer.best_model
+    if not isinstance(model, NiNTextForSequenceClassification):
+        return None
+    part = dataset.splits["validation"]
+    return mistakes_html(
+        model, tokenizer, part.texts, part.labels, probabilities, max_length=options.max_length
+    )
+
+
 def _leave(
     folder: Path,
     model: PreTrainedModel,
@@ -324,6 +343,7 @@ def _leave(
     tokenizer: PreTrainedTokenizerBase,
     metrics: dict[str, Any],
     answers: dict[str, np.ndarray],
+    mistakes: str | None,
 ) -> None:
     """Put the results into the run folder; metrics.json, written last, says that it is whole."""
     aside = folder / ".saving"
@@ -334,14 +354,19 @@ def _leave(
     report.plot_curves(metrics["history"], aside / "curves.png")
     matrix = metrics["test"]["confusion_matrix"]
     report.plot_confusion(matrix, metrics["label_names"], aside / "confusion.png")
+    if mistakes is not None:
+        report.write_text(aside / report.MISTAKES_FILE, mistakes)
     (aside / "README.md").write_text(report.model_card(metrics), encoding="utf-8")
-    (folder / report.METRICS_FILE).unlink(missing_ok=True)
+    for name in (report.METRICS_FILE, report.MISTAKES_FILE):
+        (folder / name).unlink(missing_ok=True)
     for path in aside.iterdir():
         path.replace(folder / path.name)
     aside.rmdir()
     report.write_json(folder / report.METRICS_FILE, metrics)
     _discard(folder / "checkpoints")
     logger.info("the model, its metrics and plots are in %s", folder)
+    if mistakes is not None:
+        logger.info("its most confident mistakes: %s", folder / report.MISTAKES_FILE)
 
 
 def _summary(metrics: dict[str, Any], folder: Path) -> dict[str, Any]:

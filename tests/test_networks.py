@@ -209,7 +209,7 @@ def test_a_network_goes_through_the_same_commands(script: Script, tmp_path: Path
     (answer,) = predict_text(PredictOptions(model=folder, texts=[text]))
     assert set(answer["probabilities"]) == {"negative", "positive"}
     with pytest.raises(UserError, match="--explain needs a NiN model"):
-        list(predict_text(PredictOptions(model=folder, texts=[text], explain=True)))
+        list(predict_text(PredictOptions(model=folder, texts=[text], explain="text")))
     # A process that has imported nothing of ours but the package.
     fresh = subprocess.run(
         [sys.executable, "-c", PIPELINE, folder, text], capture_output=True, text=True, check=True

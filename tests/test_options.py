@@ -18,10 +18,12 @@ from nin_text.options import (
     PRESET_NAMES,
     RECIPES,
     EvaluateOptions,
+    PredictOptions,
     TrainOptions,
     add_options,
     check,
     parse_options,
+    spelled_out,
     with_recipe,
 )
 
@@ -147,3 +149,28 @@ def test_values_that_no_run_can_have_are_refused(wrong: dict, message: str) -> N
     with pytest.raises(UserError, match=message):
         check(TrainOptions(**wrong))
     check(TrainOptions())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "explain", "texts"),
+    [
+        ([], None, []),
+        (["--explain"], "text", []),
+        (["--explain", "The plot"], "text", ["The plot"]),
+        (["--explain", "The plot", "html"], "text", ["The plot", "html"]),
+        (["--explain", "html", "The plot"], "html", ["The plot"]),
+        (["--explain", "text", "The plot"], "text", ["The plot"]),
+        (["--explain=html", "The plot"], "html", ["The plot"]),
+        (["--explain", "--limit", "2", "The plot"], "text", ["The plot"]),
+        (["--explain", "--", "html"], "text", ["html"]),
+        (["--", "--explain", "html"], None, ["--explain", "html"]),
+    ],
+)
+def test_explain_takes_no_text_for_its_value(
+    arguments: list[str], explain: str | None, texts: list[str]
+) -> None:
+    parser = argparse.ArgumentParser()
+    add_options(parser, PredictOptions)
+    spelled = spelled_out(PredictOptions, ["--model", "run", *arguments])
+    options = parse_options(PredictOptions, parser.parse_args(spelled))
+    assert (options.explain, options.texts) == (explain, texts)

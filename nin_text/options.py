@@ -259,7 +259,7 @@ class TrainOptions(CommonOptions, DataOptions):
 class EvaluateOptions(CommonOptions, DataOptions):
     """How a saved model is evaluated."""
 
-    model: str = option(MODEL_HELP, required=True, metavar="FOLDER")
+    model: str = option(MODEL_HELP, required=True)
     split: str = option(
         "split to evaluate on; of a single file, all rows are used",
         "test",
@@ -278,7 +278,7 @@ class PredictOptions(CommonOptions):
     """How new texts are classified."""
 
     texts: list[str] = option("text to classify", positional=True, nargs="*", metavar="TEXT")
-    model: str = option(MODEL_HELP, required=True, metavar="FOLDER")
+    model: str = option(MODEL_HELP, READY_MADE[0])
     file: Path | None = option(
         "texts to classify: .txt with one on each line, or CSV, TSV, JSONL, Parquet"
     )
@@ -400,6 +400,13 @@ def with_recipe(options: TrainOptions, examples: int) -> TrainOptions:
     return dataclasses.replace(options, **missing)
 
 
+def ready_made(name: str) -> str:
+    """The folder of a model that is part of this package; any other name as it is."""
+    if name not in READY_MADE or Path(name).is_dir():
+        return name
+    return str(Path(__file__).parent / "ready_made" / name)
+
+
 def is_nin(model: str) -> bool:
     """Whether `--model` names a preset or the folder of a saved NiN."""
     return model in PRESET_NAMES or saved_nin(model)
@@ -408,7 +415,7 @@ def is_nin(model: str) -> bool:
 def saved_nin(folder: str) -> bool:
     """Whether a folder holds a NiN for text, judging by its config.json."""
     try:
-        text = (Path(folder) / "config.json").read_text(encoding="utf-8")
+        text = (Path(ready_made(folder)) / "config.json").read_text(encoding="utf-8")
         return bool(json.loads(text)["model_type"] == "nin_text")
     except (OSError, ValueError, KeyError, TypeError):
         return False

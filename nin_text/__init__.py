@@ -34,6 +34,8 @@ _HOMES = {
     "evaluate_text": "inference",
     "predict_text": "inference",
     "export_onnx": "export",
+    "NiNTextClassifier": "estimator",
+    "NiNTextVectorizer": "estimator",
     "Explanation": "explain",
     "explain_html": "explain_page",
     "deletion_test": "faithfulness",

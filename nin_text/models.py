@@ -189,8 +189,14 @@ def save(model: PreTrainedModel, folder: Path, dtype: torch.dtype = torch.float3
     model.save_pretrained(folder, state_dict=state)
 
 
-def load(folder: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(
+    folder: str, *, multi_label: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A trained classifier and its tokenizer: ready-made, from a run folder, or by its hub id.
+
+    Args:
+        folder: one of these.
+        multi_label: also accept a model that answers with several classes.
 
     Raises:
         UserError: if it is no model, or damaged.
@@ -206,7 +212,10 @@ def load(folder: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         model = AutoModelForSequenceClassification.from_pretrained(folder, use_safetensors=True)
     except Exception as error:
         raise UserError(cannot_load(folder, error)) from error
-    if model.config.problem_type not in (None, "single_label_classification"):
+    accepted = [None, "single_label_classification"]
+    if multi_label:
+        accepted.append("multi_label_classification")
+    if model.config.problem_type not in accepted:
         raise UserError(
             f"{folder} is a model for {model.config.problem_type.replace('_', ' ')}; these scripts "
             f"answer with one class for each text"

@@ -165,6 +165,7 @@ def fit(
     rows: Sequence[np.ndarray],
     labels: np.ndarray,
     class_weights: Sequence[float] | None = None,
+    sample_weight: np.ndarray | None = None,
 ) -> None:
     """Set the weights of the branch from labelled texts: each class against all others.
 
@@ -175,9 +176,12 @@ def fit(
         rows: token ids of each text.
         labels: (n,) class index of each text.
         class_weights: factor on the loss of each class.
+        sample_weight: (n,) how often each text counts; once if None.
     """
     counts = features(rows, branch.size, branch.buckets)
-    sample_weight = None if class_weights is None else np.asarray(class_weights)[labels]
+    if class_weights is not None:
+        by_class = np.asarray(class_weights)[labels]
+        sample_weight = by_class if sample_weight is None else sample_weight * by_class
     weight, bias = fit_linear(counts, labels, len(branch.bias), sample_weight=sample_weight)
     branch.weight.copy_(torch.from_numpy(weight))
     branch.bias.copy_(torch.from_numpy(bias))
@@ -198,7 +202,7 @@ def fit_linear(
         labels: (n,) class indices.
         classes: K.
         c: inverse regularization.
-        sample_weight: (n,) factor on the loss of each text.
+        sample_weight: (n,) how often each text counts; once if None.
 
     Returns:
         Weight (V, K) and bias (K,) of the logits.
@@ -223,8 +227,9 @@ def _fit_one(
     counts: sparse.csr_matrix, is_label: np.ndarray, c: float, sample_weight: np.ndarray | None
 ) -> tuple[np.ndarray, float]:
     """Weight (buckets,) and bias of "is it this class?"."""
-    inside = SMOOTHING + np.asarray(counts[is_label].sum(axis=0)).ravel()
-    outside = SMOOTHING + np.asarray(counts[~is_label].sum(axis=0)).ravel()
+    times = np.ones(len(is_label)) if sample_weight is None else sample_weight
+    inside = SMOOTHING + counts[is_label].T @ times[is_label]  # (V,)
+    outside = SMOOTHING + counts[~is_label].T @ times[~is_label]  # (V,)
     ratio = np.log(inside / inside.sum()) - np.log(outside / outside.sum())
     ratio = ratio.astype(np.float32)
     scaled = sparse.csr_matrix((ratio[counts.indices], counts.indices, counts.indptr), counts.shape)

@@ -394,10 +394,16 @@ class TextTrainer(TokenTrainer):
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         truth = dataset.labels
         logits = self.logits(dataset)
-        picked = softmax(logits)[np.arange(len(truth)), truth]
+        if truth.ndim == 2:  # multi-label: every decision counts
+            right = (logits > 0) == (truth > 0)
+            losses = np.logaddexp(0, np.where(truth > 0, -logits, logits))
+        else:
+            right = logits.argmax(axis=1) == truth
+            picked = softmax(logits)[np.arange(len(truth)), truth]
+            losses = -np.log(np.maximum(picked, 1e-12))
         metrics = {
-            f"{metric_key_prefix}_accuracy": float((logits.argmax(axis=1) == truth).mean()),
-            f"{metric_key_prefix}_loss": float(-np.log(np.maximum(picked, 1e-12)).mean()),
+            f"{metric_key_prefix}_accuracy": float(right.mean()),
+            f"{metric_key_prefix}_loss": float(losses.mean()),
         }
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(

@@ -1,0 +1,598 @@
+"""NiN as a scikit-learn classifier and vectorizer.
+
+Both take texts where other estimators take a matrix: a list, a Series or an array of strings, or a
+table of one column.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Self
+
+import numpy as np
+import torch
+from scipy.special import expit
+from sklearn.base import (
+    BaseEstimator,
+    ClassifierMixin,
+    ClassNamePrefixFeaturesOutMixin,
+    TransformerMixin,
+    clone,
+)
+from sklearn.utils import check_random_state, compute_sample_weight
+from sklearn.utils.multiclass import unique_labels
+from sklearn.utils.validation import check_is_fitted
+from torch import Tensor, nn
+from transformers.utils.logging import (
+    disable_progress_bar,
+    enable_progress_bar,
+    is_progress_bar_enabled,
+)
+
+from nin_text import models, ngrams, stages
+from nin_text.data import stratified
+from nin_text.device import pick_device, use_bf16
+from nin_text.errors import UserError
+from nin_text.estimator_inputs import (
+    as_labels,
+    as_texts,
+    own_random_numbers,
+    plain,
+    threads,
+)
+from nin_text.evaluation import pad, predict_logits, softmax
+from nin_text.options import PRECISIONS, PRESET_NAMES, TrainOptions, check, with_recipe
+from nin_text.report import write_json
+from nin_text.text import NiNTextForSequenceClassification, NiNTextModel
+from nin_text.tokenization import encode
+from nin_text.training import (
+    EncodedTexts,
+    Patience,
+    TextTrainer,
+    TokenBatchSampler,
+    training_arguments,
+)
+
+ESTIMATOR_FILE = "estimator.json"
+MULTI_LABEL = "multi_label_classification"
+
+
+class NiNTextClassifier(ClassifierMixin, BaseEstimator):
+    """A Network in Network for texts, with n-gram evidence, as a scikit-learn classifier.
+
+    Labels may be strings, integers or booleans; an indicator matrix (n, K) of zeros and ones makes
+    it a multi-label classifier, which has no n-gram evidence and takes no weights.
+
+    Args:
+        model: preset ("nin-text-small", "nin-text-base", "nin-text-paper").
+        tokenizer: "wordpiece", "bpe" or "word" to train one on the texts, or a folder.
+        vocab_size: most tokens in a trained vocabulary.
+        max_length: cut texts to this many tokens; 0 for never.
+        ngrams: tokens of the longest n-gram whose evidence is added; 0 for none.
+        pretrain_epochs: passes in which the network first learns to predict telling n-grams.
+        epochs: most passes over the texts.
+        learning_rate: peak learning rate of AdamW; that of `partial_fit` throughout.
+        weight_decay: of AdamW.
+        batch_size: most texts in a batch; chosen by the number of texts if None.
+        dropout: hidden and embedding dropout; the preset's if None.
+        class_weight: None, "balanced" or a dict from label to weight.
+        early_stopping: hold out a part of the texts, stop when they are no longer judged better and
+            keep the best pass. Without it, every pass is made and the last one kept.
+        validation_fraction: the part held out, stratified. Network and n-grams are weighed on it.
+        n_iter_no_change: passes without a better accuracy before training stops.
+        warm_start: `fit` goes on from the weights of the last `fit`, if the labels are the same.
+        random_state: seed, or a RandomState; None draws one.
+        n_jobs: threads; None leaves the number as it is, -1 is one for each core.
+        precision: "fp32", "bf16" or "auto" for bf16 in training where the processor has it.
+            Answers are computed in float32.
+        device: "cpu", "cuda", "mps", or "auto".
+        verbose: 1 for a progress bar on standard error.
+
+    Attributes:
+        classes_: labels, sorted; of a multi-label classifier the column numbers.
+        model_: the Hugging Face model.
+        tokenizer_: its tokenizer.
+        n_iter_: passes made.
+    """
+
+    def __init__(
+        self,
+        model: str = "nin-text-base",
+        *,
+        tokenizer: str = "wordpiece",
+        vocab_size: int = 30_000,
+        max_length: int = 0,
+        ngrams: int = 3,
+        pretrain_epochs: int = 0,
+        epochs: int = 8,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.1,
+        batch_size: int | None = None,
+        dropout: float | None = None,
+        class_weight: str | dict[Any, float] | None = None,
+        early_stopping: bool = True,
+        validation_fraction: float = 0.1,
+        n_iter_no_change: int = 3,
+        warm_start: bool = False,
+        random_state: Any = None,
+        n_jobs: int | None = None,
+        precision: str = "auto",
+        device: str = "auto",
+        verbose: int = 0,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size
+        self.max_length = max_length
+        self.ngrams = ngrams
+        self.pretrain_epochs = pretrain_epochs
+        self.epochs = epochs
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.batch_size = batch_size
+        self.dropout = dropout
+        self.class_weight = class_weight
+        self.early_stopping = early_stopping
+        self.validation_fraction = validation_fraction
+        self.n_iter_no_change = n_iter_no_change
+        self.warm_start = warm_start
+        self.random_state = random_state
+        self.n_jobs = n_jobs
+        self.precision = precision
+        self.device = device
+        self.verbose = verbose
+
+    # ---- training ------------------------------------------------------------------------------
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:  # noqa: N803
+        """Train on labelled texts.
+
+        Args:
+            X: n texts.
+            y: (n,) labels, or (n, K) zeros and ones.
+            sample_weight: (n,) how often each text counts; 0 is as good as absent.
+
+        Raises:
+            UserError: a ValueError, if texts, labels or parameters cannot be used.
+        """
+        texts, y = as_texts(X), as_labels(y)
+        labels, classes = self._encode_labels(texts, y, None)
+        if len(classes) < 2:
+            raise UserError(f"all labels are {classes[0]!r}; a classifier needs two classes")
+        weight = self._weights(y, labels, sample_weight)
+        if weight is not None and not weight.all():
+            kept = np.flatnonzero(weight)
+            texts, labels, weight = [texts[i] for i in kept], labels[kept], weight[kept]
+        with self._session() as (options, seed):
+            again = self.warm_start and hasattr(self, "model_")
+            if not (again and np.array_equal(self.classes_, classes)):
+                self._build(options, texts, labels, classes, seed)
+            self._train(with_recipe(options, len(texts)), texts, labels, weight, seed)
+        return self
+
+    def partial_fit(
+        self,
+        X: Any,  # noqa: N803
+        y: Any,
+        classes: Any = None,
+        sample_weight: Any = None,
+    ) -> Self:
+        """One pass over some labelled texts, going on from the weights so far.
+
+        The first call makes the tokenizer from its texts and needs all `classes` that will come.
+        N-gram evidence is fitted to all texts at once and therefore left out, unless `fit` came
+        before: then it stays as it is. The learning rate is constant.
+        """
+        texts, y = as_texts(X), as_labels(y)
+        if not hasattr(self, "model_"):
+            if classes is None:
+                raise UserError("the first call of partial_fit needs classes, all that will come")
+            _, classes = self._encode_labels([], np.asarray(classes)[:0], np.asarray(classes))
+        elif classes is not None and set(np.asarray(classes).tolist()) != set(
+            self.classes_.tolist()
+        ):
+            raise UserError("classes are not those of the first call of partial_fit")
+        else:
+            classes = self.classes_
+        labels, _ = self._encode_labels(texts, y, classes)
+        weight = self._weights(y, labels, sample_weight)
+        with self._session() as (options, seed):
+            if not hasattr(self, "model_"):
+                options.ngrams = options.pretrain_epochs = 0
+                self._build(options, texts, labels, classes, seed)
+            self._one_pass(with_recipe(options, len(texts)), texts, labels, weight, seed)
+        return self
+
+    def _options(self) -> TrainOptions:
+        """The parameters as options of a training run, checked."""
+        if self.model not in PRESET_NAMES:
+            raise UserError(
+                f"model must be one of {', '.join(PRESET_NAMES)}, not {self.model!r}; a saved "
+                f"classifier is loaded with NiNTextClassifier.load"
+            )
+        if self.precision not in PRECISIONS:
+            raise UserError(f"precision must be one of {', '.join(PRECISIONS)}")
+        if not 0 < self.validation_fraction < 1:
+            raise UserError("validation_fraction must be between 0 and 1")
+        options = TrainOptions(
+            "",
+            model=self.model,
+            tokenizer=self.tokenizer,
+            vocab_size=self.vocab_size,
+            max_length=self.max_length,
+            ngrams=self.ngrams,
+            pretrain_epochs=self.pretrain_epochs if self.ngrams else 0,
+            epochs=self.epochs,
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
+            batch_size=self.batch_size,  # type: ignore[arg-type]
+            dropout=self.dropout,
+            patience=self.n_iter_no_change,
+            precision=self.precision,
+        )
+        check(options)
+        return options
+
+    @contextmanager
+    def _session(self) -> Iterator[tuple[TrainOptions, int]]:
+        """Options and seed; threads, logging and random numbers are as before afterwards."""
+        options = self._options()
+        seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        logger = logging.getLogger("nin_text")
+        level = logger.level
+        logger.setLevel(logging.INFO if self.verbose else logging.ERROR)
+        bars = is_progress_bar_enabled()
+        disable_progress_bar()  # of checkpoints
+        try:
+            with threads(self.n_jobs), own_random_numbers(seed):
+                yield options, seed
+        finally:
+            logger.setLevel(level)
+            if bars:
+                enable_progress_bar()
+
+    def _encode_labels(
+        self, texts: Sequence[str], y: np.ndarray, classes: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Class indices (n,), or (n, K) zeros and ones, and the sorted labels (K,)."""
+        if len(y) != len(texts):
+            raise UserError(f"there are {len(texts)} texts and {len(y)} labels")
+        if y.ndim == 2:
+            if not np.isin(y, (0, 1)).all():
+                raise UserError("an indicator matrix of labels must hold zeros and ones alone")
+            return y.astype(np.float32), np.arange(y.shape[1]) if classes is None else classes
+        found = unique_labels(y) if classes is None else np.sort(classes)
+        unknown = set(y.tolist()) - set(found.tolist())
+        if unknown:
+            raise UserError(f"label {unknown.pop()!r} is not among the classes")
+        return np.searchsorted(found, y), found
+
+    def _weights(self, y: np.ndarray, labels: np.ndarray, given: Any) -> np.ndarray | None:
+        """(n,) weight of each text, class weights included; None if all are alike."""
+        if labels.ndim == 2:
+            if given is not None or self.class_weight is not None:
+                raise UserError("multi-label classifiers take no sample_weight and class_weight")
+            return None
+        if given is None and self.class_weight is None:
+            return None
+        weight = np.ones(len(y)) if given is None else np.asarray(given, dtype=np.float64)
+        if weight.shape != (len(y),) or not np.isfinite(weight).all() or (weight < 0).any():
+            raise UserError("sample_weight must hold one number for each text, none below zero")
+        weight = weight * compute_sample_weight(self.class_weight, y)
+        if len(np.unique(labels[weight > 0])) < 2 <= len(np.unique(labels)):
+            raise UserError("only one class has texts whose weight is not zero")
+        return weight
+
+    def _build(
+        self,
+        options: TrainOptions,
+        texts: Sequence[str],
+        labels: np.ndarray,
+        classes: np.ndarray,
+        seed: int,
+    ) -> None:
+        multi_label = labels.ndim == 2
+        if multi_label:
+            options.ngrams = options.pretrain_epochs = 0
+        torch.manual_seed(seed)
+        names = [str(label) for label in classes]
+        model, tokenizer = models.build(with_recipe(options, len(texts)), texts, [], names)
+        assert isinstance(model, NiNTextForSequenceClassification)
+        model.config.problem_type = (
+            "multi_label_classification" if multi_label else "single_label_classification"
+        )
+        self.model_, self.tokenizer_, self.classes_ = model, tokenizer, classes
+        self.max_length_, self.n_iter_ = self.max_length, 0
+        self._optimizer: torch.optim.Optimizer | None = None
+
+    def _train(
+        self,
+        options: TrainOptions,
+        texts: Sequence[str],
+        labels: np.ndarray,
+        weight: np.ndarray | None,
+        seed: int,
+    ) -> None:
+        model, device = self.model_, pick_device(self.device)
+        rows = encode(self.tokenizer_, texts, self.max_length)
+        held, rest = self._held_out(labels)
+        train = EncodedTexts([rows[i] for i in rest], self._targets(labels, weight)[rest])
+        validation = EncodedTexts([rows[i] for i in held], labels[held])
+        branch = model.ngrams
+        parts = None if weight is None else weight[rest]
+        if branch is not None:
+            ngrams.fit(branch, train.rows, labels[rest], sample_weight=parts)
+        common: dict[str, Any] = {
+            "batch_size": options.batch_size,
+            "gradient_accumulation": 1,
+            "warmup": options.warmup,
+            "seed": seed,
+            "bf16": use_bf16(options.precision, device),
+            "device": device,
+            "find_unused_parameters": False,
+        }
+        with tempfile.TemporaryDirectory(prefix="nin-text-") as folder:
+            if branch is not None and options.pretrain_epochs:
+                stages.pretrain(model, train, None, Path(folder), options, **common)
+            trainer = TextTrainer(
+                model=model,
+                args=training_arguments(
+                    Path(folder) / "training",
+                    epochs=options.epochs,
+                    learning_rate=options.learning_rate,
+                    weight_decay=options.weight_decay,
+                    **common,
+                ),
+                train_dataset=train,
+                eval_dataset=validation,
+                pad_token_id=model.config.pad_token_id or 0,
+                batch_tokens=options.batch_tokens,
+                ema_decay=options.ema_decay,
+                patience=options.patience,
+            )
+            if not self.early_stopping:
+                trainer.remove_callback(Patience)
+                trainer.args.load_best_model_at_end = False
+            trainer.train()
+            self.n_iter_ = round(trainer.state.epoch or 0)
+            # The averaged copy: the Trainer leaves the model itself wrapped for bfloat16.
+            best = trainer.best_model
+            assert isinstance(best, NiNTextForSequenceClassification) and best is not model
+            if best.ngrams is not None:
+                scale = stages.fuse(trainer)
+                ngrams.fit(best.ngrams, rows, labels, sample_weight=weight)
+                best.rescale(1.0, scale)
+        self.model_ = best.eval()
+
+    def _held_out(self, labels: np.ndarray) -> tuple[list[int], list[int]]:
+        """Indices of the texts to judge by, and of those to learn from."""
+        size = round(len(labels) * self.validation_fraction)
+        if labels.ndim == 2:
+            order = np.random.default_rng(0).permutation(len(labels)).tolist()
+            held, rest = order[:size], order[size:]
+        else:
+            held, rest = stratified(labels.tolist(), size)
+        everything = list(range(len(labels)))
+        # Of a handful of texts none can be spared.
+        return (held, rest) if held and rest else (everything, everything)
+
+    def _targets(self, labels: np.ndarray, weight: np.ndarray | None) -> np.ndarray:
+        """What the loss is computed from: labels, or one-hot rows times the weights.
+
+        The cross-entropy is linear in the target, so that a weight of 2 does what the same text
+        twice does. Only the proportions of the weights matter.
+        """
+        if weight is None:
+            return labels
+        one_hot = np.eye(len(self.classes_), dtype=np.float32)[labels]  # (n, K)
+        return one_hot * (weight / weight.mean()).astype(np.float32)[:, None]
+
+    def _one_pass(
+        self,
+        options: TrainOptions,
+        texts: Sequence[str],
+        labels: np.ndarray,
+        weight: np.ndarray | None,
+        seed: int,
+    ) -> None:
+        model = self._on_device()
+        rows = encode(self.tokenizer_, texts, self.max_length)
+        targets = torch.from_numpy(self._targets(labels, weight))
+        optimizer = getattr(self, "_optimizer", None)
+        if optimizer is None:
+            optimizer = torch.optim.AdamW(
+                model.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay
+            )
+        self._optimizer = optimizer
+        sampler = TokenBatchSampler(
+            [len(row) for row in rows],
+            options.batch_tokens,
+            options.batch_size,
+            seed=seed + self.n_iter_,
+        )
+        torch.manual_seed(seed + self.n_iter_)
+        model.train()
+        for batch in sampler:
+            input_ids, mask = pad([rows[i] for i in batch], model.config.pad_token_id or 0)
+            batch_on_device = (t.to(model.device) for t in (input_ids, mask, targets[batch]))
+            loss = model(*batch_on_device).loss
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+        model.eval()
+        self.n_iter_ += 1
+
+    # ---- answers -------------------------------------------------------------------------------
+
+    def _logits(self, X: Any) -> np.ndarray:  # noqa: N803
+        check_is_fitted(self, "model_")
+        texts = as_texts(X)
+        model = self._on_device().eval()
+        with threads(self.n_jobs):
+            rows = encode(self.tokenizer_, texts, self.max_length_)
+            return predict_logits(model, rows, pad_token_id=model.config.pad_token_id or 0)
+
+    def _on_device(self) -> NiNTextForSequenceClassification:
+        self.model_.to(pick_device(self.device))  # type: ignore[arg-type]
+        return self.model_
+
+    def _is_multi_label(self) -> bool:
+        return bool(self.model_.config.problem_type == MULTI_LABEL)
+
+    def decision_function(self, X: Any) -> np.ndarray:  # noqa: N803
+        """(n, K) logits; of two classes (n,), that of the second minus that of the first."""
+        logits = self._logits(X)
+        if len(self.classes_) == 2 and not self._is_multi_label():
+            return np.asarray(logits[:, 1] - logits[:, 0])
+        return logits
+
+    def predict_proba(self, X: Any) -> np.ndarray:  # noqa: N803
+        """(n, K) class probabilities; multi-label ones are independent of each other."""
+        logits = self._logits(X)
+        return np.asarray(expit(logits)) if self._is_multi_label() else softmax(logits)
+
+    def predict(self, X: Any) -> np.ndarray:  # noqa: N803
+        """(n,) labels, or (n, K) zeros and ones."""
+        logits = self._logits(X)
+        if self._is_multi_label():
+            return (logits > 0).astype(int)
+        return np.asarray(self.classes_[logits.argmax(axis=1)])
+
+    # ---- files ---------------------------------------------------------------------------------
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Leave a Hugging Face model folder that also holds parameters and labels, as JSON."""
+        check_is_fitted(self, "model_")
+        place = Path(folder)
+        place.mkdir(parents=True, exist_ok=True)
+        models.save(self.model_, place)
+        self.tokenizer_.save_pretrained(place)
+        parameters = self.get_params()
+        state = parameters.pop("random_state")
+        parameters["random_state"] = int(state) if isinstance(state, (int, np.integer)) else None
+        if isinstance(self.class_weight, dict):
+            parameters["class_weight"] = [[plain(k), v] for k, v in self.class_weight.items()]
+        write_json(
+            place / ESTIMATOR_FILE,
+            {
+                "parameters": parameters,
+                "classes": [plain(label) for label in self.classes_],
+                "dtype": "object" if self.classes_.dtype == object else str(self.classes_.dtype),
+                "max_length": self.max_length_,
+                "n_iter": self.n_iter_,
+            },
+        )
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Self:
+        """A classifier that `save` left, a run folder of train_text.py, or a ready-made model.
+
+        Raises:
+            UserError: if there is no such classifier, or it is damaged.
+        """
+        model, tokenizer = models.load(str(folder), multi_label=True)
+        if not isinstance(model, NiNTextForSequenceClassification):
+            raise UserError(f"{folder} holds no NiN text classifier")
+        path = Path(folder) / ESTIMATOR_FILE
+        try:
+            saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            parameters = dict(saved.get("parameters", {}))
+            if isinstance(parameters.get("class_weight"), list):
+                parameters["class_weight"] = dict(parameters["class_weight"])
+            estimator = cls(**parameters)
+            names = saved.get("classes", models.label_names(model))
+            estimator.classes_ = np.array(names, dtype=saved.get("dtype"))
+            estimator.max_length_ = int(
+                saved.get("max_length", models.trained_max_length(str(folder)) or 0)
+            )
+            estimator.n_iter_ = int(saved.get("n_iter", 0))
+        except (TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{path} is damaged ({error}); save the classifier again") from error
+        if len(estimator.classes_) != model.config.num_labels:
+            raise UserError(f"{path} is of another model; save the classifier again")
+        estimator.model_, estimator.tokenizer_, estimator._optimizer = model, tokenizer, None
+        return estimator
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.string, tags.input_tags.two_d_array = True, False
+        tags.classifier_tags.multi_label = True
+        tags.non_deterministic = self.random_state is None
+        return tags
+
+
+class NiNTextVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
+    """Texts to vectors: the pooled output of a NiN encoder.
+
+    Args:
+        model: ready-made model or run folder whose encoder is used as it is; `fit` learns nothing.
+        classifier: a NiNTextClassifier in place of `model`: `fit` trains a clone of it on labelled
+            texts and its encoder is used.
+        n_jobs: threads; None leaves the number as it is, -1 is one for each core.
+
+    Attributes:
+        encoder_: the Hugging Face model.
+        tokenizer_: its tokenizer.
+    """
+
+    def __init__(
+        self,
+        model: str = "imdb-sentiment",
+        *,
+        classifier: NiNTextClassifier | None = None,
+        n_jobs: int | None = None,
+    ) -> None:
+        self.model = model
+        self.classifier = classifier
+        self.n_jobs = n_jobs
+
+    def fit(self, X: Any, y: Any = None) -> Self:  # noqa: N803
+        """Load the encoder, or train it on texts X with labels y if there is a classifier."""
+        if self.classifier is None:
+            as_texts(X)
+            source = NiNTextClassifier.load(self.model)
+        elif y is None:
+            raise UserError("to train its encoder, NiNTextVectorizer needs labels y")
+        else:
+            source = clone(self.classifier).fit(X, y)
+        self.encoder_: NiNTextModel = source.model_.nin
+        self.tokenizer_, self.max_length_ = source.tokenizer_, source.max_length_
+        return self
+
+    def transform(self, X: Any) -> np.ndarray:  # noqa: N803
+        """(n, C) float32: one vector for each text."""
+        check_is_fitted(self, "encoder_")
+        texts = as_texts(X)
+        with threads(self.n_jobs):
+            rows = encode(self.tokenizer_, texts, self.max_length_)
+            pad_token_id = self.encoder_.config.pad_token_id or 0
+            return predict_logits(_Pooled(self.encoder_), rows, pad_token_id=pad_token_id)
+
+    @property
+    def _n_features_out(self) -> int:
+        return self.encoder_.config.hidden_size
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.string, tags.input_tags.two_d_array = True, False
+        tags.requires_fit = True
+        return tags
+
+
+class _Pooled(nn.Module):
+    """An encoder whose pooled output passes for logits."""
+
+    def __init__(self, encoder: NiNTextModel) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.encoder(input_ids, attention_mask).pooler_output)

@@ -1,0 +1,91 @@
+"""What the scikit-learn estimators accept, and the state of the process that they leave alone."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.utils.multiclass import type_of_target
+
+from nin_text.errors import UserError
+
+
+def as_texts(X: Any) -> list[str]:  # noqa: N803
+    """The texts of a list, array, Series or table of one column.
+
+    Raises:
+        UserError: if it is none of these, is empty, or holds something else than strings.
+    """
+    if isinstance(X, (str, bytes)):
+        raise UserError("X must be a list of texts, not a single text; put it into a list")
+    values = X.to_numpy() if hasattr(X, "to_numpy") else X
+    shape = getattr(values, "shape", None)
+    if shape is not None and len(shape) != 1:
+        if len(shape) != 2 or shape[1] != 1:
+            raise UserError(f"X must be one column of texts, not of shape {shape}")
+        values = values[:, 0]
+    try:
+        texts = list(values)
+    except TypeError as error:
+        raise UserError(f"X must be a list of texts, not {type(X).__name__}") from error
+    if not texts:
+        raise UserError("there are no texts in X")
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            shown = "missing" if text is None or text != text else f"of type {type(text).__name__}"
+            raise UserError(f"X must hold strings alone, but number {i} is {shown}")
+    return [str(text) for text in texts]
+
+
+def as_labels(y: Any) -> np.ndarray:
+    """(n,) or (n, K) labels as an array."""
+    if y is None:
+        raise UserError("y must hold a label for each text, not None")
+    if hasattr(y, "toarray"):  # a sparse indicator matrix
+        y = y.toarray()
+    labels = np.asarray(y)
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    kind = type_of_target(labels) if len(labels) else "binary"
+    if labels.ndim == 2 and kind != "multilabel-indicator":
+        raise UserError("labels must be one for each text, or a matrix of zeros and ones")
+    if kind not in ("binary", "multiclass", "multilabel-indicator"):
+        raise UserError(f"labels of this kind cannot be learned: {kind}")
+    return labels
+
+
+def plain(label: Any) -> Any:
+    """A label as a value of Python, for JSON."""
+    return label.item() if hasattr(label, "item") else label
+
+
+@contextmanager
+def threads(n_jobs: int | None) -> Iterator[None]:
+    """Compute with so many threads, and with as many as before afterwards."""
+    before = torch.get_num_threads()
+    if n_jobs is not None:
+        torch.set_num_threads(n_jobs if n_jobs > 0 else max(1, (os.cpu_count() or 1) + 1 + n_jobs))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def own_random_numbers(seed: int) -> Iterator[None]:
+    """Generators start from `seed`, and stand where they stood before afterwards."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)

@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 from test_text import VARIANTS, VOCABULARY, make_model, pad, random_texts
 
 from nin_text import NiNTextForSequenceClassification, export, train_tokenizer
+from nin_text.configuration import NETWORKS, BaselineConfig
 from nin_text.errors import UserError
 from nin_text.inference import predict_text
-from nin_text.networks import NETWORKS, BaselineConfig, BaselineForSequenceClassification
+from nin_text.networks import BaselineForSequenceClassification
 from nin_text.options import ExportOptions, PredictOptions
 
 MULTI = {"problem_type": "multi_label_classification"}

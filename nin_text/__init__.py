@@ -30,6 +30,7 @@ _HOMES = {
     "train_tokenizer": "tokenization",
     "classification_metrics": "evaluation",
     "load": "models",
+    "model_folder": "options",
     "train_text": "runs",
     "evaluate_text": "inference",
     "predict_text": "inference",

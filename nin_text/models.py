@@ -21,7 +21,7 @@ from transformers import (
 from nin_text.configuration import NETWORKS, PRESETS, BaselineConfig, NiNTextConfig
 from nin_text.errors import UserError
 from nin_text.networks import BaselineForSequenceClassification
-from nin_text.options import PACKAGED, TrainOptions, ready_made, saved_nin
+from nin_text.options import PACKAGED, TrainOptions, model_folder, saved_nin
 from nin_text.report import METRICS_FILE
 from nin_text.text import NiNTextForSequenceClassification, NiNTextModel
 from nin_text.tokenization import KINDS, cached_tokenizer, load_tokenizer
@@ -65,7 +65,7 @@ def build(
             lowercase=options.lowercase,
         )
     else:
-        tokenizer = load_tokenizer(ready_made(options.tokenizer))
+        tokenizer = load_tokenizer(model_folder(options.tokenizer))
     fixed = {**names, "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
     if options.model in NETWORKS:
         network = BaselineConfig(**NETWORKS[options.model], **fixed)
@@ -92,7 +92,7 @@ def build(
 def _with_saved_encoder(folder: str, settings: dict[str, Any]) -> PreTrainedModel:
     """A classifier with the encoder of a saved NiN, and everything else new."""
     try:
-        folder = ready_made(folder)
+        folder = model_folder(folder)
         config = NiNTextConfig.from_pretrained(folder)
         config.update({"problem_type": None, **settings})
         encoder = NiNTextModel.from_pretrained(folder, config=config, use_safetensors=True)
@@ -127,7 +127,7 @@ def packaged(name: str) -> str:
     Raises:
         UserError: if the package is not installed.
     """
-    name = ready_made(name)
+    name = model_folder(name)
     if name not in PACKAGED or Path(name).is_dir():
         return name
     module, folder = PACKAGED[name]
@@ -201,7 +201,7 @@ def load(
     Raises:
         UserError: if it is no model, or damaged.
     """
-    folder = ready_made(folder)
+    folder = model_folder(folder)
     path = Path(folder)
     if path.is_dir() and not (path / "config.json").is_file():
         raise UserError(
@@ -241,7 +241,9 @@ def trained_max_length(folder: str) -> int | None:
     """The length to which a run cut its training texts; None if it did not, or is no run."""
     try:
         # Not options.json: that may already belong to a next run, which has yet to finish.
-        metrics = json.loads((Path(ready_made(folder)) / METRICS_FILE).read_text(encoding="utf-8"))
+        metrics = json.loads(
+            (Path(model_folder(folder)) / METRICS_FILE).read_text(encoding="utf-8")
+        )
         return int(metrics["options"]["max_length"])
     except (OSError, ValueError, KeyError, TypeError):
         return None

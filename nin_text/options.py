@@ -400,7 +400,7 @@ def with_recipe(options: TrainOptions, examples: int) -> TrainOptions:
     return dataclasses.replace(options, **missing)
 
 
-def ready_made(name: str) -> str:
+def model_folder(name: str) -> str:
     """The folder of a model that is part of this package; any other name as it is."""
     if name not in READY_MADE or Path(name).is_dir():
         return name
@@ -415,7 +415,7 @@ def is_nin(model: str) -> bool:
 def saved_nin(folder: str) -> bool:
     """Whether a folder holds a NiN for text, judging by its config.json."""
     try:
-        text = (Path(ready_made(folder)) / "config.json").read_text(encoding="utf-8")
+        text = (Path(model_folder(folder)) / "config.json").read_text(encoding="utf-8")
         return bool(json.loads(text)["model_type"] == "nin_text")
     except (OSError, ValueError, KeyError, TypeError):
         return False

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, Script
 from huggingface_hub import ModelCard
 
-from nin_text.options import READY_MADE, ready_made
+from nin_text.options import READY_MADE, model_folder
 
 OBVIOUS = {
     "imdb-sentiment": {
@@ -27,7 +27,7 @@ OBVIOUS = {
 
 @pytest.mark.parametrize("name", READY_MADE)
 def test_a_ready_made_model_is_small_whole_and_has_a_card(name: str) -> None:
-    folder = Path(ready_made(name))
+    folder = Path(model_folder(name))
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 5_000_000
     metrics = json.loads((folder / "metrics.json").read_text())
     card = ModelCard.load(folder / "README.md")
@@ -50,8 +50,8 @@ def test_the_first_is_the_default_of_predict_text(script: Script) -> None:
 def test_a_folder_of_that_name_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "imdb-sentiment").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert ready_made("imdb-sentiment") == "imdb-sentiment"
-    assert Path(ready_made("ag-news-topics")).parent == ROOT / "nin_text" / "ready_made"
+    assert model_folder("imdb-sentiment") == "imdb-sentiment"
+    assert Path(model_folder("ag-news-topics")).parent == ROOT / "nin_text" / "ready_made"
 
 
 def test_it_can_be_trained_on_for_other_labels(script: Script) -> None:
@@ -64,6 +64,6 @@ def test_it_can_be_trained_on_for_other_labels(script: Script) -> None:
 def test_it_is_as_accurate_as_its_card_says(real_data: Path, script: Script) -> None:
     """AG News, whose test split is scored in seconds; the precision is that of the card."""
     result = script("evaluate_text", "--model", "ag-news-topics", "--dataset", "ag_news").result
-    metrics = json.loads((Path(ready_made("ag-news-topics")) / "metrics.json").read_text())
+    metrics = json.loads((Path(model_folder("ag-news-topics")) / "metrics.json").read_text())
     assert result["n"] == metrics["test"]["n"]
     assert result["accuracy"] == pytest.approx(metrics["test"]["accuracy"], abs=0.001)

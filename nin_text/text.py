@@ -124,10 +124,10 @@ class NiNTextModel(NiNTextPreTrainedModel):
             )
         )
         self.final_norm = nn.LayerNorm(config.hidden_size) if config.norm else nn.Identity()
-        # Without a bias, which softmax would cancel.
-        self.attention = (
-            nn.Linear(config.hidden_size, 1, bias=False) if config.pooling == "attention" else None
-        )
+        self.attention = nn.Linear(config.hidden_size, 1) if config.pooling == "attention" else None
+        if self.attention is not None:
+            # Softmax would cancel it. It is made and dropped, so that seeds give what they gave.
+            self.attention.register_parameter("bias", None)
         self.embedding_dropout = Dropout(config.embedding_dropout)
         # What one text must keep from the next: the farthest that any layer reaches, in tokens.
         gap, self.stride = 1, 1

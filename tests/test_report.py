@@ -122,4 +122,6 @@ def test_a_model_card_owns_up_to_the_most_frequent_mistake(trained: Path) -> Non
     assert "Of 200 test texts 13 were classified wrongly" in card
     assert "`negative` was taken for `positive` (10 of 100)" in card
     test["confusion_matrix"] = [[100, 0], [0, 100]]
-    assert "All 200 test texts were classified rightly" in report.model_card(metrics | {"test": test})
+    assert "All 200 test texts were classified rightly" in report.model_card(
+        metrics | {"test": test}
+    )

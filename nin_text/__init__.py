@@ -33,6 +33,7 @@ _HOMES = {
     "train_text": "runs",
     "evaluate_text": "inference",
     "predict_text": "inference",
+    "score_files": "bulk",
 }
 
 __all__ = list(_HOMES)

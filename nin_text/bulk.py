@@ -149,6 +149,8 @@ def _check(options: PredictOptions) -> tuple[list[Path], Path]:
     output = options.output
     if output.suffix.lower() not in FORMATS or output.is_dir():
         raise UserError(f"--output must be a file that ends in {', '.join(FORMATS)}, not {output}")
+    if options.resume and options.overwrite:
+        raise UserError("--resume keeps what was scored and --overwrite does not: give one of them")
     if not options.resume and not options.overwrite:
         if _parts(output).exists():
             raise UserError(
@@ -156,20 +158,17 @@ def _check(options: PredictOptions) -> tuple[list[Path], Path]:
             )
         if output.exists():
             raise UserError(f"{output} exists; replace it with --overwrite, or name another")
-    files = [path for path in readers.find_files(options.file) if not _is_ours(path, output)]
+    # An earlier start may have left its answers in the folder of the texts.
+    ours = (output.resolve(), _manifest(output).resolve())
+    files = [path for path in readers.find_files(options.file) if path.resolve() not in ours]
     if not files:
-        raise UserError(f"{options.file} holds nothing but the answers themselves")
-    for path in files:
-        # Columns and the like are refused before anything is written; sizes are needed anyway.
-        next(readers.stream_texts(path, options.text_column, options.id_column))
-        if path is files[0] and len(files) > 100:
-            break
+        raise UserError(f"there are no texts in {options.file} but the --output itself")
+    # A wrong column and the like are refused before anything is written.
+    next(readers.stream_texts(files[0], options.text_column, options.id_column))
+    for path in files[1:]:
+        if not path.stat().st_size:
+            raise UserError(f"{path} is empty")
     return files, output
-
-
-def _is_ours(path: Path, output: Path) -> bool:
-    """Whether a file found in the input folder is what an earlier start has left there."""
-    return path.resolve() in (output.resolve(), _manifest(output).resolve())
 
 
 def _record(options: PredictOptions, files: Sequence[Path], scorer: Scorer) -> dict[str, Any]:
@@ -203,7 +202,7 @@ def _open(options: PredictOptions, output: Path, record: dict[str, Any]) -> int 
             return int(before["rows"])
         parts.mkdir(exist_ok=True)
         return None
-    if options.resume and not options.overwrite and (output.exists() or parts.exists()):
+    if options.resume and (output.exists() or parts.exists()):
         raise UserError(
             f"{output} has no {manifest.name} that says what it was made of; start anew with "
             f"--overwrite"

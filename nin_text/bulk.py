@@ -8,6 +8,7 @@ Both engines read, score and write a part by the same functions.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import hashlib
@@ -120,8 +121,12 @@ def _score(options: PredictOptions, files: list[Path], output: Path, scorer: Sco
         logger.error("stopped; the same command with --resume goes on from the last whole part")
         raise
     except UserError as error:
-        raise UserError(f"{error}; the answers to {rows:,} rows are kept in {parts}") from error
-    joined = parts / ".joined"
+        if rows:
+            raise UserError(f"{error}; the answers to {rows:,} rows are kept in {parts}") from error
+        with contextlib.suppress(OSError):  # nothing was begun, unless another run left parts
+            parts.rmdir()
+        raise
+    joined = parts / ".joined"  # on the same disk as the output
     _join([parts / (name + suffix) for name in sorted(names)], joined)
     joined.replace(output)
     return rows
@@ -411,8 +416,12 @@ _RENDER: dict[str, Callable[[Columns, Sequence[str]], bytes]] = {
 def _write(path: Path, content: bytes) -> None:
     """Write aside and rename: a part that is there is whole."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_bytes(content)
-    aside.replace(path)
+    try:
+        aside.write_bytes(content)
+        aside.replace(path)
+    except OSError:
+        aside.unlink(missing_ok=True)  # a full disk is not to stay full of halves
+        raise
 
 
 def _join(parts: Sequence[Path], target: Path) -> None:

@@ -6,7 +6,9 @@ import dataclasses
 import json
 import logging
 import os
+import socket
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,16 +73,21 @@ def _start_ray(options: PredictOptions) -> Any:
             "--engine ray needs Ray Data; pip install 'nin-text[ray]', or leave it out"
         ) from error
     try:
-        ray.init(
-            address=options.ray_address,
-            include_dashboard=None if options.ray_address else False,
-            log_to_driver=options.verbose,
-            logging_level=logging.INFO if options.verbose else logging.ERROR,
+        _knock(options.ray_address)
+        with nullcontext() if options.verbose else _hushed():
+            ray.init(
+                address=options.ray_address,
+                include_dashboard=None if options.ray_address else False,
+                log_to_driver=options.verbose,
+                logging_level=logging.INFO if options.verbose else logging.ERROR,
+            )
+    except (OSError, ValueError, RuntimeError) as error:
+        place = (
+            f"was reached at {options.ray_address}" if options.ray_address else "could be started"
         )
-    except (ConnectionError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"no Ray cluster was reached at {options.ray_address} ({str(error).strip()[:200]}); "
-            f"start one with `ray start --head`, or leave out --ray-address"
+            f"no Ray cluster {place} ({' '.join(str(error).split())[:200]}); start one with "
+            f"`ray start --head`, or use --engine local"
         ) from error
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = options.verbose
@@ -89,6 +96,26 @@ def _start_ray(options: PredictOptions) -> Any:
     if not options.verbose:
         logging.getLogger("ray.data").setLevel(logging.ERROR)
     return ray
+
+
+def _knock(address: str | None) -> None:
+    """Find out at once that nobody is there; Ray would try for minutes."""
+    host, _, port = (address or "").rpartition(":")
+    if host and port.isdecimal() and "/" not in host:
+        socket.create_connection((host, int(port)), timeout=10).close()
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Keep from standard error what the C++ of Ray writes there, past Python's own stream."""
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nothing, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
 
 
 def _read_by_ray(

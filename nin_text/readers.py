@@ -202,8 +202,9 @@ def _stream_parquet(
 ) -> Iterator[tuple[float, Sequence[Any]]]:
     import pyarrow.parquet
 
-    # With a buffer, pages are read as they are needed, and not a whole row group at once.
-    with pyarrow.parquet.ParquetFile(path, buffer_size=CHUNK_BYTES) as file:
+    # So pages are read as they are needed, and not a whole row group, which may be the whole file.
+    streaming: dict[str, Any] = {"buffer_size": CHUNK_BYTES, "pre_buffer": False}
+    with pyarrow.parquet.ParquetFile(path, **streaming) as file:
         names = pick(file.schema_arrow.names)
         total, done = file.metadata.num_rows, 0
         groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]

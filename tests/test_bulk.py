@@ -313,8 +313,8 @@ def test_without_ray_the_extra_is_named(
         score(trained, source, tmp_path / "out.csv", engine="ray")
 
 
-def test_ray_gives_the_rows_of_the_local_engine_and_goes_on_with_its_parts(
-    script: Script, trained: Path, tmp_path: Path
+def test_ray_gives_the_rows_of_the_local_engine_and_keeps_them_when_a_file_is_bad(
+    script: Script, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("ray.data")
     for i in range(3):
@@ -331,10 +331,10 @@ def test_ray_gives_the_rows_of_the_local_engine_and_goes_on_with_its_parts(
     assert len(kept) == 3
     by_ray = [line for path in kept for line in lines(path)]
     (tmp_path / "in3.csv").unlink()
-    local = script(*command, "--overwrite")
-    assert local.status == 0, local.err
+    monkeypatch.chdir(tmp_path)
+    score(trained, Path("in?.csv"), Path("out.jsonl"), id_column="key", overwrite=True)
     for one, other in zip(by_ray, lines(tmp_path / "out.jsonl"), strict=True):
-        assert (one["file"], one["id"], one["label"]) == (
-            *(other["file"], other["id"], other["label"]),
-        )
+        assert [one[key] for key in ("file", "id", "label")] == [
+            other[key] for key in ("file", "id", "label")
+        ]
         assert one["probability"] == pytest.approx(other["probability"], abs=2e-6)

@@ -40,6 +40,7 @@ _HOMES = {
     "Explanation": "explain",
     "explain_html": "explain_page",
     "deletion_test": "faithfulness",
+    "score_files": "bulk",
 }
 
 __all__ = list(_HOMES)

@@ -204,17 +204,15 @@ def _page_path(options: PredictOptions) -> Path | None:
     return path
 
 
-def _read_texts(options: PredictOptions) -> list[str]:
-    path = options.file
-    if path is None:
+def _read_texts(options: PredictOptions) -> Iterable[str]:
+    if options.file is None:
         return options.texts
     if options.texts:
-        raise UserError("give texts or --file, not both")
-    if path.suffix.lower() == ".txt":
-        return readers.read_lines(path)
-    table = readers.read_file(path)
-    column = readers.pick_column(table, options.text_column, readers.TEXT_COLUMNS, "--text-column")
-    return ["" if text is None else str(text) for text in table[column]]
+        raise UserError("give texts or --file, not both (a pattern must be quoted)")
+    paths = readers.find_files(options.file)
+    return (
+        text for path in paths for _, text, _ in readers.stream_texts(path, options.text_column)
+    )
 
 
 def _portions(texts: Iterable[str], size: int = 512) -> Iterator[list[str]]:

@@ -280,10 +280,27 @@ class PredictOptions(CommonOptions):
     texts: list[str] = option("text to classify", positional=True, nargs="*", metavar="TEXT")
     model: str = option(MODEL_HELP, READY_MADE[0])
     file: Path | None = option(
-        "texts to classify: .txt with one on each line, or CSV, TSV, JSONL, Parquet"
+        "texts to classify: .txt with one on each line, or CSV, TSV, JSONL, Parquet, compressed or "
+        "not; a folder of such files; or a quoted pattern like 'data/*.csv'"
     )
     text_column: str | None = option("column that holds the text (default: guessed)")
     limit: int | None = option("classify at most this many texts", metavar="N")
+    output: Path | None = option(
+        "file for the answers to --file (.jsonl, .csv or .parquet) in place of standard output; "
+        "written in parts, so that --resume goes on after any stop"
+    )
+    id_column: str | None = option("column to name the rows by in --output (default: their number)")
+    keep_text: bool = option("also write the texts to --output", False)
+    resume: bool = option("continue the --output that was stopped", False)
+    overwrite: bool = option("replace an --output that exists", False)
+    engine: str = option(
+        "what scores for --output: local for this process, ray for all cores of a Ray cluster",
+        "local",
+        choices=("local", "ray"),
+    )
+    ray_address: str | None = option(
+        "running Ray cluster to use, e.g. auto (default: one is started on this machine)"
+    )
     max_length: int | None = option("cut texts to this many tokens (default: as in training)")
     batch_tokens: int = option("most tokens in a batch, padding included", 32_768)
     precision: str = option(PRECISION_HELP, "fp32", choices=PRECISIONS)
@@ -374,6 +391,10 @@ def check(options: CommonOptions) -> None:
             raise UserError(f"{flag} must be {limits}, not {value:g}")
     if isinstance(options, TrainOptions) and options.ngrams == 0 and options.pretrain_epochs:
         raise UserError("--pretrain-epochs predicts n-grams: it cannot go with --ngrams 0")
+    if isinstance(options, PredictOptions) and options.output is None:
+        for name in ("id_column", "keep_text", "resume", "overwrite", "engine", "ray_address"):
+            if getattr(options, name) != PredictOptions.__dataclass_fields__[name].default:
+                raise UserError(f"--{name.replace('_', '-')} needs --output")
 
 
 def with_recipe(options: TrainOptions, examples: int) -> TrainOptions:

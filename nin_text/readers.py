@@ -6,17 +6,31 @@ is answered with one sentence (`UserError`).
 
 from __future__ import annotations
 
+import bz2
 import csv
+import gzip
 import io
+import itertools
 import json
+import lzma
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from nin_text.errors import UserError
 
 Table = dict[str, list[Any]]
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+STREAMED = (*SUFFIXES, ".txt")
+JSON_SUFFIXES = (".jsonl", ".json")
+UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+HEAD_BYTES = 65_536
+CHUNK_BYTES = 2**20
+SAMPLE = 1000  # JSON objects whose keys are the columns of a stream
+# A longer field is a quote that is never closed; it must not take the memory of a whole file.
+MAX_CHARACTERS = 2**26
 TEXT_COLUMNS = (
     "text sentence review content document question body comment message title headline".split()
 )
@@ -44,14 +58,89 @@ def read_file(path: Path) -> Table:
     Raises:
         UserError: if the file is missing, empty, in another format or damaged.
     """
+    with _told(path, SUFFIXES):
+        table = _read(path)
+    if not table or not next(iter(table.values())):
+        raise UserError(f"{path} holds no rows")
+    return table
+
+
+def find_files(place: Path) -> list[Path]:
+    """The files that a path stands for: itself, those of a folder, or those that a pattern matches.
+
+    Args:
+        place: a file, a folder with files that `stream_texts` reads, or a pattern such as
+            `data/*.csv` (`**` for any folders between). The files come in the order of their names.
+
+    Raises:
+        UserError: if there are none.
+    """
+    if place.is_dir():
+        files = [path for path in place.iterdir() if suffix_of(path) in STREAMED]
+        message = f"{place} holds no files that end in {', '.join(STREAMED)}"
+    elif place.exists() or not set("*?[") & set(str(place)):
+        return [place]
+    else:
+        files = list(Path(place.anchor).glob(str(place.relative_to(place.anchor))))
+        message = f"no file matches {place}"
+    files = [path for path in files if path.is_file() and not path.name.startswith(".")]
+    if not files:
+        raise UserError(message)
+    return sorted(files)
+
+
+def stream_texts(
+    path: Path, text_column: str | None = None, id_column: str | None = None
+) -> Iterator[tuple[float, str, Any]]:
+    """The texts of a file of any size, one after another, in little memory.
+
+    Besides the formats of `read_file` there is .txt with a text on each line, of which lines
+    without any text are left out. The columns of JSON lines are those of the first `SAMPLE`
+    objects. A JSON array is read as a whole.
+
+    Args:
+        path: the file.
+        text_column: column that holds the text, None to guess it; .txt has but one.
+        id_column: another column whose values are wanted, or None.
+
+    Yields:
+        For each row: the share of the file that has been read (0 to 1), the text (empty if it is
+        missing), and the value of the id column (None if there is none).
+
+    Raises:
+        UserError: as of `read_file`, at the row where the trouble is; or if a column is missing.
+    """
+    lines_alone = suffix_of(path) == ".txt"
+
+    def pick(columns: Iterable[str]) -> list[str]:
+        table: Table = {name: [] for name in columns}
+        wanted = None if lines_alone else text_column
+        picked = [pick_column(table, wanted, TEXT_COLUMNS, "--text-column")]
+        if id_column is not None:
+            picked.append(pick_column(table, id_column, [], "--id-column"))
+        return picked
+
+    empty = True
+    with _told(path, STREAMED):
+        for share, (text, *others) in _stream(path, pick):
+            empty = False
+            missing = text is None or text != text  # NaN, which alone differs from itself
+            yield share, "" if missing else str(text), others[0] if others else None
+    if empty:
+        raise UserError(f"{path} {'is empty' if lines_alone else 'holds no rows'}")
+
+
+@contextmanager
+def _told(path: Path, suffixes: Sequence[str]) -> Iterator[None]:
+    """Turn whatever goes wrong while a file is read into one sentence."""
     if not path.is_file():
         raise UserError(f"there is no file {path}")
-    if suffix_of(path) not in SUFFIXES:
-        raise UserError(f"{path} has an ending that is not one of {', '.join(SUFFIXES)}")
+    if suffix_of(path) not in suffixes:
+        raise UserError(f"{path} has an ending that is not one of {', '.join(suffixes)}")
     if path.stat().st_size == 0:
         raise UserError(f"{path} is empty")
     try:
-        table = _read(path)
+        yield
     except UserError:
         raise
     except Exception as error:
@@ -59,93 +148,181 @@ def read_file(path: Path) -> Table:
         raise UserError(
             f"{path} could not be read as {suffix_of(path)[1:].upper()} ({reason})"
         ) from error
-    if not table or not next(iter(table.values())):
-        raise UserError(f"{path} holds no rows")
-    return table
 
 
 def _read(path: Path) -> Table:
-    import pandas as pd
-
     suffix = suffix_of(path)
     if suffix == ".parquet":
         import pyarrow.parquet
 
         return pyarrow.parquet.read_table(path).to_pydict()
-    with pd.io.common.get_handle(path, "rb", compression="infer", is_text=False) as handles:
-        raw = handles.handle.read()
-    if b"\0" in raw[:65536] and not raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise UserError(f"{path} is a binary file, not text; check that it is what its name says")
-    text = _decode(raw, path)
-    if suffix in (".jsonl", ".json"):
-        return _read_json(text, path)
-    return _read_delimited(text, path, "\t" if suffix == ".tsv" else ",")
+    with _open_text(path) as (lines, _):
+        if suffix in JSON_SUFFIXES:
+            objects = list(_json_objects(lines, path))
+            names = dict.fromkeys(name for row in objects for name in row)
+            return {name: [row.get(name) for row in objects] for name in names}
+        header, rows = _delimited(lines, path)
+        columns: list[list[Any]] = [[] for _ in header]
+        for row in rows:
+            for column, value in zip(columns, row, strict=True):
+                column.append(value)
+        return dict(zip(header, columns, strict=True))
 
 
-def _decode(raw: bytes, path: Path) -> str:
-    """UTF-8, or UTF-16 if it says so in its first bytes."""
-    encoding = "utf-16" if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
-    try:
-        return raw.decode(encoding)
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not {encoding.removesuffix('-sig').upper()} text (byte {error.start}); "
-            f"save it as UTF-8"
-        ) from error
+def _stream(
+    path: Path, pick: Callable[[Iterable[str]], list[str]]
+) -> Iterator[tuple[float, Sequence[Any]]]:
+    """For each row, the share of the file that is read, and the values of the columns picked."""
+    suffix = suffix_of(path)
+    if suffix == ".parquet":
+        yield from _stream_parquet(path, pick)
+        return
+    with _open_text(path) as (lines, share):
+        if suffix == ".txt":
+            pick(["text"])
+            # str.splitlines knows more line ends than files do.
+            for text in (text for line in lines for text in line.splitlines() if text.strip()):
+                yield share(), [text]
+        elif suffix in JSON_SUFFIXES:
+            objects = _json_objects(lines, path)
+            first = list(itertools.islice(objects, SAMPLE))
+            if first:
+                names = pick(dict.fromkeys(name for row in first for name in row))
+                for row in itertools.chain(first, objects):
+                    yield share(), [row.get(name) for name in names]
+        else:
+            header, rows = _delimited(lines, path)
+            places = [header.index(name) for name in pick(header)]
+            for values in rows:
+                yield share(), [values[place] for place in places]
 
 
-def read_lines(path: Path) -> list[str]:
-    """The lines of a text file, without their ends; lines without any text are left out.
+def _stream_parquet(
+    path: Path, pick: Callable[[Iterable[str]], list[str]]
+) -> Iterator[tuple[float, Sequence[Any]]]:
+    import pyarrow.parquet
 
-    Raises:
-        UserError: if the file is missing, empty or not text.
+    # So pages are read as they are needed, and not a whole row group, which may be the whole file.
+    streaming: dict[str, Any] = {"buffer_size": CHUNK_BYTES, "pre_buffer": False}
+    with pyarrow.parquet.ParquetFile(path, **streaming) as file:
+        names = pick(file.schema_arrow.names)
+        total, done = file.metadata.num_rows, 0
+        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+        widest = max((g.total_byte_size / max(g.num_rows, 1) for g in groups), default=1)
+        rows = int(min(max(CHUNK_BYTES / max(widest, 1), 1), SAMPLE))
+        for batch in file.iter_batches(rows, columns=names, use_threads=False):
+            for values in zip(*(batch.column(name).to_pylist() for name in names), strict=True):
+                done += 1
+                yield done / total, values
+
+
+@contextmanager
+def _open_text(path: Path) -> Iterator[tuple[Iterable[str], Callable[[], float]]]:
+    """The decoded lines of a file, and what tells the share of it that has been read.
+
+    UTF-8, or UTF-16 if it says so in its first bytes. Line ends stay as they are; those of JSON are
+    line feeds alone.
     """
-    if not path.is_file():
-        raise UserError(f"there is no file {path}")
-    lines = [line for line in _decode(path.read_bytes(), path).splitlines() if line.strip()]
-    if not lines:
-        raise UserError(f"{path} is empty")
-    return lines
+    with path.open("rb") as file, _decompressed(file, path) as stream:
+        counted: Any = _Counted(stream)
+        if b"\0" in counted.head and not counted.head.startswith(UTF16_MARKS):
+            raise UserError(
+                f"{path} is a binary file, not text; check that it is what its name says"
+            )
+        encoding = "utf-16" if counted.head.startswith(UTF16_MARKS) else "utf-8-sig"
+        newline = "\n" if suffix_of(path) in JSON_SUFFIXES else ""
+        lines = io.TextIOWrapper(counted, encoding=encoding, newline=newline)
+        size = path.stat().st_size
+        try:
+            yield lines, lambda: min(file.tell() / size, 1.0)
+        except UnicodeDecodeError as error:
+            place = counted.given - len(error.object) + error.start
+            raise UserError(
+                f"{path} is not {encoding.removesuffix('-sig').upper()} text (byte {place}); "
+                f"save it as UTF-8"
+            ) from error
 
 
-def _read_json(text: str, path: Path) -> Table:
-    if text.lstrip().startswith("["):
-        rows = json.loads(text)
+def _decompressed(file: BinaryIO, path: Path) -> Any:
+    """What the bytes of a file are read from, by the last part of its name."""
+    match path.suffix.lower():
+        case ".gz":
+            return gzip.open(file, "rb")
+        case ".bz2":
+            return bz2.open(file, "rb")
+        case ".xz":
+            return lzma.open(file, "rb")
+        case ".zst":
+            import pyarrow
+
+            return pyarrow.CompressedInputStream(file, "zstd")
+    return nullcontext(file)
+
+
+class _Counted(io.BufferedIOBase):
+    """The bytes of a stream, counted, so that one which cannot be decoded has a place."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.stream = stream
+        self.head = b""  # the first bytes, looked at before they are given
+        while len(self.head) < HEAD_BYTES and (chunk := stream.read(HEAD_BYTES - len(self.head))):
+            self.head += chunk
+        self.given = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def read1(self, size: int = -1) -> bytes:
+        chunk = self.stream.read(HEAD_BYTES) if self.given else self.head
+        self.given += len(chunk)
+        return chunk
+
+
+def _json_objects(lines: Iterable[str], path: Path) -> Iterator[dict[str, Any]]:
+    numbered = ((i, line) for i, line in enumerate(lines, start=1) if line.strip())
+    number, first = next(numbered, (1, ""))
+    if first.lstrip().startswith("["):
+        values = iter(json.loads(first + "".join(line for _, line in numbered)))
     else:
-        rows = []
-        for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                try:
-                    rows.append(json.loads(line))
-                except json.JSONDecodeError as error:
-                    raise UserError(f"{path}, line {number}, is not JSON: {error.msg}") from error
-    if not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{path} must hold one JSON object on each line")
-    columns = dict.fromkeys(name for row in rows for name in row)
-    return {name: [row.get(name) for row in rows] for name in columns}
+        values = _json_lines(itertools.chain([(number, first)] if first else [], numbered), path)
+    for value in values:
+        if not isinstance(value, dict):
+            raise UserError(f"{path} must hold one JSON object on each line")
+        yield value
 
 
-def _read_delimited(text: str, path: Path, delimiter: str) -> Table:
-    csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+def _json_lines(numbered: Iterable[tuple[int, str]], path: Path) -> Iterator[Any]:
+    for number, line in numbered:
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {number}, is not JSON: {error.msg}") from error
+
+
+def _delimited(lines: Iterable[str], path: Path) -> tuple[list[str], Iterator[list[str]]]:
+    """Header and rows."""
+    csv.field_size_limit(MAX_CHARACTERS)
+    delimiter = "\t" if suffix_of(path) == ".tsv" else ","
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     header = next(reader, None)
     if header is None:
         raise UserError(f"{path} holds no rows")
     repeated = {name for name in header if header.count(name) > 1}
     if repeated:
         raise UserError(f"{path} has several columns named {sorted(repeated)[0]!r}")
-    columns: list[list[Any]] = [[] for _ in header]
-    for row in reader:
-        if not row:
-            continue
-        if len(row) != len(header):
-            raise UserError(
-                f"{path}, line {reader.line_num}, has {len(row)} fields where the header has "
-                f"{len(header)}; texts that hold a {delimiter!r} must be quoted"
-            )
-        for column, value in zip(columns, row, strict=True):
-            column.append(value)
-    return dict(zip(header, columns, strict=True))
+
+    def rows() -> Iterator[list[str]]:
+        for row in reader:
+            if not row:
+                continue
+            if len(row) != len(header):
+                raise UserError(
+                    f"{path}, line {reader.line_num}, has {len(row)} fields where the header has "
+                    f"{len(header)}; texts that hold a {delimiter!r} must be quoted"
+                )
+            yield row
+
+    return header, rows()
 
 
 def read_class_folders(folder: Path) -> Table:
@@ -169,7 +346,11 @@ def read_class_folders(folder: Path) -> Table:
 def read_text_files(folder: Path) -> Table:
     """Read `<folder>/*.txt`: one text a file, without labels."""
     paths = sorted(folder.glob("*.txt"))
-    return {"text": [_decode(path.read_bytes(), path) for path in paths]}
+    texts = []
+    for path in paths:
+        with _open_text(path) as (lines, _):
+            texts.append("".join(lines))
+    return {"text": texts}
 
 
 def split_files(folder: Path) -> dict[str, list[Path]]:

@@ -15,6 +15,8 @@ EXAMPLES = """\
   echo "The plot is dull ." | python scripts/predict_text.py \\
       --model runs/demo_reviews-nin-text-base-seed0
   python scripts/predict_text.py --model runs/imdb-nin-text-base-seed0 --file reviews.csv > out
+  python scripts/predict_text.py --model runs/imdb-nin-text-base-seed0 --file 'reviews/*.csv.gz' \\
+      --output answers.parquet --resume
 """
 
 
@@ -23,8 +25,11 @@ def main() -> None:
 
     def work() -> Iterator[dict[str, Any]]:
         # Imports torch: seconds that --help must not take.
+        from nin_text.bulk import score_files
         from nin_text.inference import predict_text
 
+        if options.output is not None:
+            return iter([score_files(options)])
         lines = None
         if not options.texts and options.file is None:
             if sys.stdin.isatty():

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow
 import pytest
 
 from nin_text import readers
@@ -132,10 +133,83 @@ def test_columns_are_guessed_by_name_and_overridable() -> None:
         readers.pick_column({"a": [1]}, None, readers.TEXT_COLUMNS, "--text-column")
 
 
+def streamed(path: Path, **columns: str) -> list[tuple[str, Any]]:
+    return [(text, key) for _, text, key in readers.stream_texts(path, **columns)]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("a.csv", "a.csv.gz", "a.tsv", "a.tsv.xz", "a.csv.zst", "a.jsonl", "a.jsonl.bz2"),
+        *("a.json", "a.parquet"),
+    ],
+)
+def test_every_format_streams_the_texts_of_its_table(tmp_path: Path, name: str) -> None:
+    if name.endswith(".zst"):
+        write(tmp_path / "a.csv")
+        with pyarrow.CompressedOutputStream(str(tmp_path / name), "zstd") as stream:
+            stream.write((tmp_path / "a.csv").read_bytes())
+    else:
+        write(tmp_path / name)
+    rows = list(readers.stream_texts(tmp_path / name, id_column="label"))
+    assert [row[1:] for row in rows] == list(zip(TABLE["text"], TABLE["label"], strict=True))
+    shares = [share for share, *_ in rows]
+    assert shares == sorted(shares)
+    assert 0 < shares[-1] <= 1
+
+
+def test_missing_texts_of_a_stream_are_empty(tmp_path: Path) -> None:
+    pd.DataFrame({"text": [None, "a"]}).to_parquet(tmp_path / "a.parquet")
+    assert streamed(tmp_path / "a.parquet") == [("", None), ("a", None)]
+    (tmp_path / "a.jsonl").write_text('{"text": NaN}\n{"n": 1}\n{"text": 5, "n": 2}\n')
+    assert streamed(tmp_path / "a.jsonl", id_column="n") == [("", None), ("", 1), ("5", 2)]
+
+
+def test_rows_longer_than_any_buffer_are_streamed_whole(tmp_path: Path) -> None:
+    texts = ["x, y\n" * 300_000, "short", "é" * 65_535 + "\u2028" + "z" * 70_000]
+    for name in ("a.csv", "a.jsonl", "a.parquet"):
+        write(tmp_path / name, {"text": texts})
+        assert [text for text, _ in streamed(tmp_path / name)] == texts
+
+
+@pytest.mark.parametrize("name", [name for name in BAD if name != "pickle.pkl"])
+def test_a_stream_says_the_same_of_a_bad_file(tmp_path: Path, name: str) -> None:
+    content, message = BAD[name]
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        list(readers.stream_texts(tmp_path / name))
+
+
+def test_an_undecodable_byte_is_named_by_its_place_in_the_file(tmp_path: Path) -> None:
+    start = b"\xef\xbb\xbftext\n" + "naïve\n".encode() * 40_000
+    (tmp_path / "a.csv").write_bytes(start + b"caf\xe9\n" + b"more\n" * 40_000)
+    with pytest.raises(UserError, match=rf"not UTF-8 text \(byte {len(start) + 3}\)"):
+        streamed(tmp_path / "a.csv")
+
+
+def test_rows_before_the_damage_are_streamed(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,n\n" + "good,1\n" * 500 + "bad\n")
+    stream = readers.stream_texts(tmp_path / "a.csv")
+    assert len([next(stream) for _ in range(500)]) == 500
+    with pytest.raises(UserError, match="line 502, has 1 fields"):
+        next(stream)
+
+
+def test_a_quote_that_is_never_closed_does_not_fill_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "MAX_CHARACTERS", 1000)
+    (tmp_path / "a.csv").write_text('text\n"never' + "x\n" * 2000)
+    with pytest.raises(UserError, match="field larger than field limit"):
+        streamed(tmp_path / "a.csv")
+
+
 def test_lines_of_a_text_file(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("one\n\ntwo\r\n  \nthree")
-    assert readers.read_lines(path) == ["one", "two", "three"]
+    assert [text for text, _ in streamed(path)] == ["one", "two", "three"]
+    assert streamed(path, text_column="body") == streamed(path)
     path.write_text(" \n")
     with pytest.raises(UserError, match="is empty"):
-        readers.read_lines(path)
+        streamed(path)

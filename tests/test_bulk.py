@@ -280,7 +280,11 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
 
 @pytest.mark.parametrize("kind", MISTAKES)
 def test_a_mistake_is_refused_before_anything_is_written(
-    trained: Path, source: Path, monkeypatch: pytest.MonkeyPatch, kind: str, capsys: Any
+    trained: Path,
+    source: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(source.parent)
     Path("empty.csv").touch()

@@ -15,7 +15,8 @@ demo: $(STAMP)  ## train, save and evaluate a classifier on built-in reviews (ab
 	$(BIN)/python scripts/train_text.py --dataset demo_reviews
 
 test: $(STAMP)  ## run the whole test suite (under ten minutes on two idle cores)
-	$(BIN)/python -m pytest
+	# Threads that wait for each other would slow down two tests at once many times over.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 check: $(STAMP)  ## lint, formatting and types
 	$(BIN)/ruff check .

@@ -36,7 +36,7 @@ _HOMES = {
     "predict_text": "inference",
     "export_onnx": "export",
     "NiNTextClassifier": "estimator",
-    "NiNTextVectorizer": "estimator",
+    "NiNTextVectorizer": "vectorizer",
     "Explanation": "explain",
     "explain_html": "explain_page",
     "deletion_test": "faithfulness",

@@ -1,19 +1,20 @@
-"""NiN as a scikit-learn classifier and vectorizer.
+"""NiN as a scikit-learn classifier.
 
-Both take texts where other estimators take a matrix: a list, a Series or an array of strings, or a
+It takes texts where other estimators take a matrix: a list, a Series or an array of strings, or a
 table of one column.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Self
 
 import numpy as np
@@ -22,14 +23,11 @@ from scipy.special import expit
 from sklearn.base import (
     BaseEstimator,
     ClassifierMixin,
-    ClassNamePrefixFeaturesOutMixin,
-    TransformerMixin,
-    clone,
 )
 from sklearn.utils import check_random_state, compute_sample_weight
 from sklearn.utils.multiclass import unique_labels
 from sklearn.utils.validation import check_is_fitted
-from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import (
     disable_progress_bar,
     enable_progress_bar,
@@ -50,7 +48,7 @@ from nin_text.estimator_inputs import (
 from nin_text.evaluation import pad, predict_logits, softmax
 from nin_text.options import PRECISIONS, PRESET_NAMES, TrainOptions, check, with_recipe
 from nin_text.report import write_json
-from nin_text.text import NiNTextForSequenceClassification, NiNTextModel
+from nin_text.text import NiNTextForSequenceClassification
 from nin_text.tokenization import encode
 from nin_text.training import (
     EncodedTexts,
@@ -83,9 +81,10 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
         batch_size: most texts in a batch; chosen by the number of texts if None.
         dropout: hidden and embedding dropout; the preset's if None.
         class_weight: None, "balanced" or a dict from label to weight.
-        early_stopping: hold out a part of the texts, stop when they are no longer judged better and
-            keep the best pass. Without it, every pass is made and the last one kept.
-        validation_fraction: the part held out, stratified. Network and n-grams are weighed on it.
+        early_stopping: stop when the texts held out are no longer judged better and keep the best
+            pass. Without it, every pass is made and the last one kept.
+        validation_fraction: part of the texts held out from the network in any case, stratified:
+            network and n-grams are weighed on it. Weights play no part in judging it.
         n_iter_no_change: passes without a better accuracy before training stops.
         warm_start: `fit` goes on from the weights of the last `fit`, if the labels are the same.
         random_state: seed, or a RandomState; None draws one.
@@ -172,10 +171,26 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
             texts, labels, weight = [texts[i] for i in kept], labels[kept], weight[kept]
         with self._session() as (options, seed):
             again = self.warm_start and hasattr(self, "model_")
-            if not (again and np.array_equal(self.classes_, classes)):
-                self._build(options, texts, labels, classes, seed)
-            self._train(with_recipe(options, len(texts)), texts, labels, weight, seed)
+            if again and np.array_equal(self.classes_, classes):
+                # A copy: a fit that is interrupted leaves the last one as it was.
+                model, tokenizer = copy.deepcopy(self.model_), self.tokenizer_
+            else:
+                model, tokenizer = self._build(options, texts, labels, classes, seed)
+            options = with_recipe(options, len(texts))
+            best, passes = self._train(options, model, tokenizer, texts, labels, weight, seed)
+        self._take(best, tokenizer, classes)
+        self.n_iter_ = passes
         return self
+
+    def _take(
+        self,
+        model: NiNTextForSequenceClassification,
+        tokenizer: PreTrainedTokenizerBase,
+        classes: np.ndarray,
+    ) -> None:
+        self.model_, self.tokenizer_, self.classes_ = model.eval(), tokenizer, classes
+        self.max_length_, self.n_iter_ = self.max_length, 0
+        self._optimizer: torch.optim.Optimizer | None = None
 
     def partial_fit(
         self,
@@ -206,7 +221,8 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
         with self._session() as (options, seed):
             if not hasattr(self, "model_"):
                 options.ngrams = options.pretrain_epochs = 0
-                self._build(options, texts, labels, classes, seed)
+                built = self._build(options, texts, labels, classes, seed)
+                self._take(*built, classes)
             self._one_pass(with_recipe(options, len(texts)), texts, labels, weight, seed)
         return self
 
@@ -221,6 +237,8 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
             raise UserError(f"precision must be one of {', '.join(PRECISIONS)}")
         if not 0 < self.validation_fraction < 1:
             raise UserError("validation_fraction must be between 0 and 1")
+        if self.n_jobs == 0:
+            raise UserError("n_jobs must be a number of threads, -1 for all cores, or None")
         options = TrainOptions(
             "",
             model=self.model,
@@ -297,7 +315,7 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
         labels: np.ndarray,
         classes: np.ndarray,
         seed: int,
-    ) -> None:
+    ) -> tuple[NiNTextForSequenceClassification, PreTrainedTokenizerBase]:
         multi_label = labels.ndim == 2
         if multi_label:
             options.ngrams = options.pretrain_epochs = 0
@@ -308,22 +326,24 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
         model.config.problem_type = (
             "multi_label_classification" if multi_label else "single_label_classification"
         )
-        self.model_, self.tokenizer_, self.classes_ = model, tokenizer, classes
-        self.max_length_, self.n_iter_ = self.max_length, 0
-        self._optimizer: torch.optim.Optimizer | None = None
+        return model, tokenizer
 
     def _train(
         self,
         options: TrainOptions,
+        model: NiNTextForSequenceClassification,
+        tokenizer: PreTrainedTokenizerBase,
         texts: Sequence[str],
         labels: np.ndarray,
         weight: np.ndarray | None,
         seed: int,
-    ) -> None:
-        model, device = self.model_, pick_device(self.device)
-        rows = encode(self.tokenizer_, texts, self.max_length)
+    ) -> tuple[NiNTextForSequenceClassification, int]:
+        """The best model and the number of passes."""
+        device = pick_device(self.device)
+        rows = encode(tokenizer, texts, self.max_length)
         held, rest = self._held_out(labels)
-        train = EncodedTexts([rows[i] for i in rest], self._targets(labels, weight)[rest])
+        targets = _targets(labels, weight, model.classifier.out_features)
+        train = EncodedTexts([rows[i] for i in rest], targets[rest])
         validation = EncodedTexts([rows[i] for i in held], labels[held])
         branch = model.ngrams
         parts = None if weight is None else weight[rest]
@@ -361,7 +381,6 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
                 trainer.remove_callback(Patience)
                 trainer.args.load_best_model_at_end = False
             trainer.train()
-            self.n_iter_ = round(trainer.state.epoch or 0)
             # The averaged copy: the Trainer leaves the model itself wrapped for bfloat16.
             best = trainer.best_model
             assert isinstance(best, NiNTextForSequenceClassification) and best is not model
@@ -369,7 +388,7 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
                 scale = stages.fuse(trainer)
                 ngrams.fit(best.ngrams, rows, labels, sample_weight=weight)
                 best.rescale(1.0, scale)
-        self.model_ = best.eval()
+        return best, round(trainer.state.epoch or 0)
 
     def _held_out(self, labels: np.ndarray) -> tuple[list[int], list[int]]:
         """Indices of the texts to judge by, and of those to learn from."""
@@ -383,17 +402,6 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
         # Of a handful of texts none can be spared.
         return (held, rest) if held and rest else (everything, everything)
 
-    def _targets(self, labels: np.ndarray, weight: np.ndarray | None) -> np.ndarray:
-        """What the loss is computed from: labels, or one-hot rows times the weights.
-
-        The cross-entropy is linear in the target, so that a weight of 2 does what the same text
-        twice does. Only the proportions of the weights matter.
-        """
-        if weight is None:
-            return labels
-        one_hot = np.eye(len(self.classes_), dtype=np.float32)[labels]  # (n, K)
-        return one_hot * (weight / weight.mean()).astype(np.float32)[:, None]
-
     def _one_pass(
         self,
         options: TrainOptions,
@@ -404,7 +412,7 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
     ) -> None:
         model = self._on_device()
         rows = encode(self.tokenizer_, texts, self.max_length)
-        targets = torch.from_numpy(self._targets(labels, weight))
+        targets = torch.from_numpy(_targets(labels, weight, len(self.classes_)))
         optimizer = getattr(self, "_optimizer", None)
         if optimizer is None:
             optimizer = torch.optim.AdamW(
@@ -441,7 +449,7 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
             return predict_logits(model, rows, pad_token_id=model.config.pad_token_id or 0)
 
     def _on_device(self) -> NiNTextForSequenceClassification:
-        self.model_.to(pick_device(self.device))  # type: ignore[arg-type]
+        self.model_.to(pick_device(self.device))
         return self.model_
 
     def _is_multi_label(self) -> bool:
@@ -472,16 +480,18 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
         """Leave a Hugging Face model folder that also holds parameters and labels, as JSON."""
         check_is_fitted(self, "model_")
         place = Path(folder)
-        place.mkdir(parents=True, exist_ok=True)
-        models.save(self.model_, place)
-        self.tokenizer_.save_pretrained(place)
+        aside = place / ".saving"
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        models.save(self.model_, aside)
+        self.tokenizer_.save_pretrained(aside)
         parameters = self.get_params()
         state = parameters.pop("random_state")
         parameters["random_state"] = int(state) if isinstance(state, (int, np.integer)) else None
         if isinstance(self.class_weight, dict):
             parameters["class_weight"] = [[plain(k), v] for k, v in self.class_weight.items()]
         write_json(
-            place / ESTIMATOR_FILE,
+            aside / ESTIMATOR_FILE,
             {
                 "parameters": parameters,
                 "classes": [plain(label) for label in self.classes_],
@@ -490,6 +500,9 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
                 "n_iter": self.n_iter_,
             },
         )
+        for path in aside.iterdir():
+            path.replace(place / path.name)
+        aside.rmdir()
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Self:
@@ -518,6 +531,9 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
             raise UserError(f"{path} is damaged ({error}); save the classifier again") from error
         if len(estimator.classes_) != model.config.num_labels:
             raise UserError(f"{path} is of another model; save the classifier again")
+        order = np.argsort(estimator.classes_)
+        estimator.classes_ = estimator.classes_[order]
+        _reorder_classes(model, order.tolist())
         estimator.model_, estimator.tokenizer_, estimator._optimizer = model, tokenizer, None
         return estimator
 
@@ -529,70 +545,29 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
         return tags
 
 
-class NiNTextVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
-    """Texts to vectors: the pooled output of a NiN encoder.
+@torch.no_grad()
+def _reorder_classes(model: NiNTextForSequenceClassification, order: list[int]) -> None:
+    """Put the classes of a model into another order: `order[i]` is the one that becomes i."""
+    layer, table, config = model.classifier, model.ngrams, model.config
+    layer.weight.copy_(layer.weight[order].clone())
+    layer.bias.copy_(layer.bias[order].clone())
+    if table is not None:
+        table.weight.copy_(table.weight[:, order].clone())
+        table.bias.copy_(table.bias[order].clone())
+    if config.class_weights is not None:
+        config.class_weights = [config.class_weights[i] for i in order]
+    names = models.label_names(model)
+    config.id2label = {i: names[old] for i, old in enumerate(order)}
+    config.label2id = {names[old]: i for i, old in enumerate(order)}
 
-    Args:
-        model: ready-made model or run folder whose encoder is used as it is; `fit` learns nothing.
-        classifier: a NiNTextClassifier in place of `model`: `fit` trains a clone of it on labelled
-            texts and its encoder is used.
-        n_jobs: threads; None leaves the number as it is, -1 is one for each core.
 
-    Attributes:
-        encoder_: the Hugging Face model.
-        tokenizer_: its tokenizer.
+def _targets(labels: np.ndarray, weight: np.ndarray | None, classes: int) -> np.ndarray:
+    """What the loss is computed from: labels, or one-hot rows times the weights.
+
+    The cross-entropy is linear in the target, so that a weight of 2 does what the same text
+    twice does. Only the proportions of the weights matter.
     """
-
-    def __init__(
-        self,
-        model: str = "imdb-sentiment",
-        *,
-        classifier: NiNTextClassifier | None = None,
-        n_jobs: int | None = None,
-    ) -> None:
-        self.model = model
-        self.classifier = classifier
-        self.n_jobs = n_jobs
-
-    def fit(self, X: Any, y: Any = None) -> Self:  # noqa: N803
-        """Load the encoder, or train it on texts X with labels y if there is a classifier."""
-        if self.classifier is None:
-            as_texts(X)
-            source = NiNTextClassifier.load(self.model)
-        elif y is None:
-            raise UserError("to train its encoder, NiNTextVectorizer needs labels y")
-        else:
-            source = clone(self.classifier).fit(X, y)
-        self.encoder_: NiNTextModel = source.model_.nin
-        self.tokenizer_, self.max_length_ = source.tokenizer_, source.max_length_
-        return self
-
-    def transform(self, X: Any) -> np.ndarray:  # noqa: N803
-        """(n, C) float32: one vector for each text."""
-        check_is_fitted(self, "encoder_")
-        texts = as_texts(X)
-        with threads(self.n_jobs):
-            rows = encode(self.tokenizer_, texts, self.max_length_)
-            pad_token_id = self.encoder_.config.pad_token_id or 0
-            return predict_logits(_Pooled(self.encoder_), rows, pad_token_id=pad_token_id)
-
-    @property
-    def _n_features_out(self) -> int:
-        return self.encoder_.config.hidden_size
-
-    def __sklearn_tags__(self) -> Any:
-        tags = super().__sklearn_tags__()
-        tags.input_tags.string, tags.input_tags.two_d_array = True, False
-        tags.requires_fit = True
-        return tags
-
-
-class _Pooled(nn.Module):
-    """An encoder whose pooled output passes for logits."""
-
-    def __init__(self, encoder: NiNTextModel) -> None:
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
-        return SimpleNamespace(logits=self.encoder(input_ids, attention_mask).pooler_output)
+    if weight is None:
+        return labels
+    one_hot = np.eye(classes, dtype=np.float32)[labels]  # (n, K)
+    return one_hot * (weight / weight.mean()).astype(np.float32)[:, None]

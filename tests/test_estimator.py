@@ -245,6 +245,7 @@ def test_labels_that_cannot_be_learned_are_refused(y, message: str) -> None:
         ({"epochs": 0}, "epochs must be at least 1"),
         ({"validation_fraction": 1.5}, "validation_fraction"),
         ({"dropout": -1}, "dropout"),
+        ({"n_jobs": 0}, "n_jobs"),
     ],
 )
 def test_parameters_that_cannot_be_are_refused(parameters: dict, message: str) -> None:
@@ -306,6 +307,33 @@ def test_a_run_folder_or_a_ready_made_model_is_a_classifier(trained: Path) -> No
     assert classifier.predict(["The plot is dull ."]).tolist() == ["negative"]
     ready = NiNTextClassifier.load("imdb-sentiment")
     assert ready.predict(["What a waste of a fine cast."]).tolist() == ["negative"]
+
+
+def test_classes_of_a_loaded_model_are_sorted_and_mean_the_same(script: Script) -> None:
+    texts = ["The striker scored twice in the final.", "Shares fell after the bank warned."]
+    topics = NiNTextClassifier.load("ag-news-topics")
+    assert topics.classes_.tolist() == ["Business", "Sci/Tech", "Sports", "World"]
+    probabilities = topics.predict_proba(texts)
+    lines = script("predict_text", "--model", "ag-news-topics", *texts).lines
+    for row, line in zip(probabilities, lines, strict=True):
+        named = dict(zip(topics.classes_, row, strict=True))
+        assert named == pytest.approx(line["probabilities"], abs=1e-5)
+
+
+def test_a_fit_that_fails_leaves_the_last_one(
+    data, fitted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts, y, test, _ = data
+    classifier = pickle.loads(pickle.dumps(fitted)).set_params(warm_start=True)
+    before = classifier.predict_proba(test)
+
+    def fail(self, *args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nin_text.estimator.TextTrainer.train", fail)
+    with pytest.raises(KeyboardInterrupt):
+        classifier.fit(texts, y)
+    assert (classifier.predict_proba(test) == before).all()
 
 
 def test_the_vectorizer_is_a_step_of_a_pipeline(data) -> None:

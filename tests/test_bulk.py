@@ -159,6 +159,7 @@ import os, signal, sys
 from nin_text import bulk, cli
 from nin_text.options import PredictOptions
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
 model, number = sys.argv[1], int(sys.argv[2])
 bulk.PART_ROWS, write, left = 7, bulk._write, 3
 def dying(path, content):

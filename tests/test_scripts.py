@@ -63,7 +63,7 @@ def test_a_run_leaves_everything_about_it(trained: Path) -> None:
     assert {path.name for path in trained.iterdir()} == {
         *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
         *("metrics.json", "options.json", "curves.png", "confusion.png", "README.md"),
-        "answers.safetensors",
+        *("answers.safetensors", "mistakes.html"),
     }
     (line,) = (trained.parent / "stdout").read_text().splitlines()
     summary = json.loads(line)
@@ -323,4 +323,7 @@ def test_a_model_that_is_none_is_refused_everywhere(
     (tmp_path / "nomodel").mkdir()
     extra = ["text"] if name == "predict_text" else []
     assert "no model folder" in script(name, "--model", "nomodel", *extra).complaint
-    assert script(name, *extra).status == 2  # --model is required
+
+
+def test_what_is_evaluated_must_be_named(script: Script) -> None:
+    assert script("evaluate_text").status == 2  # --model is required

@@ -300,7 +300,7 @@ class Scorer:
 
     def __init__(self, options: PredictOptions) -> None:
         self.options = options
-        self.model, self.tokenizer, self.names, self.autocast = inference._load_model(options)
+        self.model, self.tokenizer, self.names, self.autocast = inference.load_model(options)
 
     def __call__(self, part: Part, file: str | None) -> bytes:
         """The answers to a part, as the file that it becomes.

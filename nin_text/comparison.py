@@ -14,7 +14,8 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -84,9 +85,27 @@ def compare_text(options: CompareOptions, dataset: TextDataset) -> dict[str, Any
     check(options)
     names = system_names(options.models)
     _check_options(options, names, dataset)
-    threads = options.threads or available_cores()
-    for name in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS"):  # read when the processes below start
-        os.environ[name] = str(threads)
+    with _environment_of_threads(options.threads or available_cores()):
+        return _compare(options, names, dataset)
+
+
+@contextmanager
+def _environment_of_threads(threads: int) -> Iterator[None]:
+    """What the processes started in between read when they start: how many threads to use."""
+    names = ("OMP_NUM_THREADS", "RAYON_NUM_THREADS")
+    before = {name: os.environ[name] for name in names if name in os.environ}
+    os.environ.update(dict.fromkeys(names, str(threads)))
+    try:
+        yield
+    finally:
+        for name in names:
+            os.environ.pop(name, None)
+        os.environ.update(before)
+
+
+def _compare(
+    options: CompareOptions, names: dict[str, str], dataset: TextDataset
+) -> dict[str, Any]:
     folder = options.output_dir or Path("comparisons") / report.slug(
         f"{Path(options.dataset).name}-seed{options.seed}"
     )

@@ -6,11 +6,14 @@ Literal that has become a string would not be checked.
 """
 
 from dataclasses import field
-from typing import Any, Literal, Self
+from typing import Any, Final, Literal, Self
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import AutoConfig
+
+# The problem type of models each of whose classes is an answer of its own.
+MULTI_LABEL: Final = "multi_label_classification"
 
 # What the presets of our own have in common. Stride 1, so that there is evidence for each token.
 _RESIDUAL: dict[str, Any] = {

@@ -20,10 +20,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from scipy.special import expit
-from sklearn.base import (
-    BaseEstimator,
-    ClassifierMixin,
-)
+from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils import check_random_state, compute_sample_weight
 from sklearn.utils.multiclass import unique_labels
 from sklearn.utils.validation import check_is_fitted
@@ -35,8 +32,9 @@ from transformers.utils.logging import (
 )
 
 from nin_text import models, ngrams, stages
+from nin_text.configuration import MULTI_LABEL
 from nin_text.data import stratified
-from nin_text.device import pick_device, use_bf16
+from nin_text.device import pick_device
 from nin_text.errors import UserError
 from nin_text.estimator_inputs import (
     as_labels,
@@ -47,19 +45,18 @@ from nin_text.estimator_inputs import (
 )
 from nin_text.evaluation import pad, predict_logits, softmax
 from nin_text.options import PRECISIONS, PRESET_NAMES, TrainOptions, check, with_recipe
-from nin_text.report import write_json
+from nin_text.report import move_files, write_json
 from nin_text.text import NiNTextForSequenceClassification
 from nin_text.tokenization import encode
 from nin_text.training import (
     EncodedTexts,
     Patience,
-    TextTrainer,
     TokenBatchSampler,
-    training_arguments,
+    shared_arguments,
+    text_trainer,
 )
 
 ESTIMATOR_FILE = "estimator.json"
-MULTI_LABEL = "multi_label_classification"
 
 
 class NiNTextClassifier(ClassifierMixin, BaseEstimator):
@@ -169,17 +166,16 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
         if weight is not None and not weight.all():
             kept = np.flatnonzero(weight)
             texts, labels, weight = [texts[i] for i in kept], labels[kept], weight[kept]
-        with self._session() as (options, seed):
+        with self._session() as options:
             again = self.warm_start and hasattr(self, "model_")
             if again and np.array_equal(self.classes_, classes):
                 # A copy: a fit that is interrupted leaves the last one as it was.
                 model, tokenizer = copy.deepcopy(self.model_), self.tokenizer_
             else:
-                model, tokenizer = self._build(options, texts, labels, classes, seed)
+                model, tokenizer = self._build(options, texts, labels, classes)
             options = with_recipe(options, len(texts))
-            best, passes = self._train(options, model, tokenizer, texts, labels, weight, seed)
-        self._take(best, tokenizer, classes)
-        self.n_iter_ = passes
+            best, passes = self._train(options, model, tokenizer, texts, labels, weight)
+        self._take(best, tokenizer, classes, passes)
         return self
 
     def _take(
@@ -187,9 +183,10 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
         model: NiNTextForSequenceClassification,
         tokenizer: PreTrainedTokenizerBase,
         classes: np.ndarray,
+        passes: int,
     ) -> None:
         self.model_, self.tokenizer_, self.classes_ = model.eval(), tokenizer, classes
-        self.max_length_, self.n_iter_ = self.max_length, 0
+        self.max_length_, self.n_iter_ = self.max_length, passes
         self._optimizer: torch.optim.Optimizer | None = None
 
     def partial_fit(
@@ -209,7 +206,7 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
         if not hasattr(self, "model_"):
             if classes is None:
                 raise UserError("the first call of partial_fit needs classes, all that will come")
-            _, classes = self._encode_labels([], np.asarray(classes)[:0], np.asarray(classes))
+            classes = np.sort(np.asarray(classes))
         elif classes is not None and set(np.asarray(classes).tolist()) != set(
             self.classes_.tolist()
         ):
@@ -218,12 +215,12 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
             classes = self.classes_
         labels, _ = self._encode_labels(texts, y, classes)
         weight = self._weights(y, labels, sample_weight)
-        with self._session() as (options, seed):
+        with self._session() as options:
             if not hasattr(self, "model_"):
                 options.ngrams = options.pretrain_epochs = 0
-                built = self._build(options, texts, labels, classes, seed)
-                self._take(*built, classes)
-            self._one_pass(with_recipe(options, len(texts)), texts, labels, weight, seed)
+                built = self._build(options, texts, labels, classes)
+                self._take(*built, classes, passes=0)
+            self._one_pass(with_recipe(options, len(texts)), texts, labels, weight)
         return self
 
     def _options(self) -> TrainOptions:
@@ -259,18 +256,18 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
         return options
 
     @contextmanager
-    def _session(self) -> Iterator[tuple[TrainOptions, int]]:
-        """Options and seed; threads, logging and random numbers are as before afterwards."""
+    def _session(self) -> Iterator[TrainOptions]:
+        """Options with a seed; threads, logging and random numbers are as before afterwards."""
         options = self._options()
-        seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        options.seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         logger = logging.getLogger("nin_text")
         level = logger.level
         logger.setLevel(logging.INFO if self.verbose else logging.ERROR)
         bars = is_progress_bar_enabled()
         disable_progress_bar()  # of checkpoints
         try:
-            with threads(self.n_jobs), own_random_numbers(seed):
-                yield options, seed
+            with threads(self.n_jobs), own_random_numbers(options.seed):
+                yield options
         finally:
             logger.setLevel(level)
             if bars:
@@ -314,18 +311,15 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
         texts: Sequence[str],
         labels: np.ndarray,
         classes: np.ndarray,
-        seed: int,
     ) -> tuple[NiNTextForSequenceClassification, PreTrainedTokenizerBase]:
         multi_label = labels.ndim == 2
         if multi_label:
             options.ngrams = options.pretrain_epochs = 0
-        torch.manual_seed(seed)
+        torch.manual_seed(options.seed)
         names = [str(label) for label in classes]
         model, tokenizer = models.build(with_recipe(options, len(texts)), texts, [], names)
         assert isinstance(model, NiNTextForSequenceClassification)
-        model.config.problem_type = (
-            "multi_label_classification" if multi_label else "single_label_classification"
-        )
+        model.config.problem_type = MULTI_LABEL if multi_label else "single_label_classification"
         return model, tokenizer
 
     def _train(
@@ -336,10 +330,8 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
         texts: Sequence[str],
         labels: np.ndarray,
         weight: np.ndarray | None,
-        seed: int,
     ) -> tuple[NiNTextForSequenceClassification, int]:
         """The best model and the number of passes."""
-        device = pick_device(self.device)
         rows = encode(tokenizer, texts, self.max_length)
         held, rest = self._held_out(labels)
         targets = _targets(labels, weight, model.classifier.out_features)
@@ -349,33 +341,13 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
         parts = None if weight is None else weight[rest]
         if branch is not None:
             ngrams.fit(branch, train.rows, labels[rest], sample_weight=parts)
-        common: dict[str, Any] = {
-            "batch_size": options.batch_size,
-            "gradient_accumulation": 1,
-            "warmup": options.warmup,
-            "seed": seed,
-            "bf16": use_bf16(options.precision, device),
-            "device": device,
-            "find_unused_parameters": False,
-        }
+        common = shared_arguments(options, pick_device(self.device))
         with tempfile.TemporaryDirectory(prefix="nin-text-") as folder:
             if branch is not None and options.pretrain_epochs:
                 stages.pretrain(model, train, None, Path(folder), options, **common)
-            trainer = TextTrainer(
-                model=model,
-                args=training_arguments(
-                    Path(folder) / "training",
-                    epochs=options.epochs,
-                    learning_rate=options.learning_rate,
-                    weight_decay=options.weight_decay,
-                    **common,
-                ),
-                train_dataset=train,
-                eval_dataset=validation,
-                pad_token_id=model.config.pad_token_id or 0,
-                batch_tokens=options.batch_tokens,
-                ema_decay=options.ema_decay,
-                patience=options.patience,
+            place, epochs = Path(folder) / "training", options.epochs
+            trainer = text_trainer(
+                model, tokenizer, options, place, train, validation, epochs=epochs, **common
             )
             if not self.early_stopping:
                 trainer.remove_callback(Patience)
@@ -408,24 +380,22 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
         texts: Sequence[str],
         labels: np.ndarray,
         weight: np.ndarray | None,
-        seed: int,
     ) -> None:
         model = self._on_device()
         rows = encode(self.tokenizer_, texts, self.max_length)
         targets = torch.from_numpy(_targets(labels, weight, len(self.classes_)))
-        optimizer = getattr(self, "_optimizer", None)
-        if optimizer is None:
-            optimizer = torch.optim.AdamW(
+        if self._optimizer is None:
+            self._optimizer = torch.optim.AdamW(
                 model.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay
             )
-        self._optimizer = optimizer
+        optimizer = self._optimizer
         sampler = TokenBatchSampler(
             [len(row) for row in rows],
             options.batch_tokens,
             options.batch_size,
-            seed=seed + self.n_iter_,
+            seed=options.seed + self.n_iter_,
         )
-        torch.manual_seed(seed + self.n_iter_)
+        torch.manual_seed(options.seed + self.n_iter_)
         model.train()
         for batch in sampler:
             input_ids, mask = pad([rows[i] for i in batch], model.config.pad_token_id or 0)
@@ -500,9 +470,7 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
                 "n_iter": self.n_iter_,
             },
         )
-        for path in aside.iterdir():
-            path.replace(place / path.name)
-        aside.rmdir()
+        move_files(aside, place)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Self:

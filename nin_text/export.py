@@ -24,16 +24,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from nin_text import models, report
 from nin_text.blocks import pooling_weights
-from nin_text.configuration import NiNTextConfig
+from nin_text.configuration import MULTI_LABEL
 from nin_text.data import SPLIT_SEED, Split, load_split, load_text_dataset
 from nin_text.errors import UserError
 from nin_text.evaluation import batches_by_length, pad
-from nin_text.ngrams import MULTIPLIER, PRIME, SCRAMBLE, NGramEvidence
-from nin_text.options import ExportOptions, check
+from nin_text.ngrams import NGramEvidence, ngram_buckets
+from nin_text.options import ExportOptions, check, model_folder
 from nin_text.text import NiNTextForSequenceClassification
 from nin_text.tokenization import encode, load_tokenizer, truncation
 
@@ -41,7 +41,6 @@ logger = logging.getLogger(__name__)
 
 MODEL_FILE, INT8_FILE = "model.onnx", "model.int8.onnx"
 TOKENIZER_FILE, ABOUT_FILE = "tokenizer.json", "classifier.json"
-MULTI_LABEL = "multi_label_classification"
 
 FLOAT32_BOUND = 1e-5  # see `difference`
 INT8_BOUND = 0.003  # 0.3 points of accuracy
@@ -130,17 +129,9 @@ def ngram_evidence(branch: NGramEvidence, ids: Tensor, mask: Tensor) -> Tensor:
         ids: (B, T), texts on the left.
         mask: (B, T) bool, true where there is a token.
     """
-    keys, inside = torch.zeros_like(ids), torch.ones_like(mask)
-    found = []
-    for n in range(branch.size):
-        if n:  # the (n - 1)-gram that ended one token before
-            keys = F.pad(keys[:, :-1], (1, 0))
-            inside = F.pad(inside[:, :-1], (1, 0), value=False)
-        keys = (keys * MULTIPLIER + ids + 1) % PRIME  # see `ngram_buckets`
-        inside = inside & mask
-        found.append((keys * SCRAMBLE % PRIME % branch.buckets).masked_fill(~inside, -1))
+    found = ngram_buckets(ids, mask, branch.size, branch.buckets)  # (S, B, T)
     # Each distinct bucket of a text counts once: in sorted order, the first of each run.
-    buckets = torch.cat(found, dim=1).sort(dim=1).values  # (B, S T), -1 where there is none
+    buckets = torch.cat(found.unbind(), dim=1).sort(dim=1).values  # (B, S T), -1: there is none
     first = buckets != F.pad(buckets[:, :-1], (1, 0), value=-1)
     weights = F.embedding(buckets.clamp(min=0), branch.weight)  # (B, S T, K)
     return (first[:, None].to(weights.dtype) @ weights)[:, 0]
@@ -368,33 +359,16 @@ def _check_installed() -> None:
 
 def _load(folder: str) -> tuple[NiNTextForSequenceClassification, PreTrainedTokenizerBase]:
     """A NiN classifier in float32, single- or multi-label, and its tokenizer."""
-    if Path(folder).is_dir() and not (Path(folder) / "config.json").is_file():
+    model = models.load_classifier(folder, multi_label=True)
+    if not isinstance(model, NiNTextForSequenceClassification):
         raise UserError(
-            f"{folder} is no model folder: it holds no config.json; give the output folder of a "
-            f"finished training run"
+            f"{folder} is a model of type {model.config.model_type}; this exports NiN text models "
+            f"alone, optimum (pip install optimum-onnx) exports those of transformers"
         )
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except Exception as error:
-        raise UserError(models.cannot_load(folder, error)) from error
-    if not isinstance(config, NiNTextConfig):
-        raise UserError(
-            f"{folder} is a model of type {config.model_type}; this exports NiN text models alone, "
-            f"optimum (pip install optimum-onnx) exports those of transformers"
-        )
-    try:
-        loaded: Any = NiNTextForSequenceClassification.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-        )
-    except Exception as error:
-        raise UserError(models.cannot_load(folder, error)) from error
-    model, found = loaded
-    if found["missing_keys"]:
-        raise UserError(f"{folder} holds no classifier; give the output folder of a training run")
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(model_folder(folder))
     if not tokenizer.is_fast:
         raise UserError(f"the tokenizer of {folder} has no tokenizer.json; train with another one")
-    return model.eval(), tokenizer
+    return model.float(), tokenizer
 
 
 def _validation_sample(
@@ -510,6 +484,5 @@ def _move(aside: Path, folder: Path, about: dict[str, Any]) -> None:
     folder.mkdir(exist_ok=True)
     for name in (ABOUT_FILE, INT8_FILE):  # an int8 model of before would be another model's
         (folder / name).unlink(missing_ok=True)
-    for path in aside.iterdir():
-        path.replace(folder / path.name)
+    report.move_files(aside, folder)
     report.write_json(folder / ABOUT_FILE, about)

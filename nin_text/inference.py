@@ -31,7 +31,7 @@ EXPLAIN_FILE = "explanation.html"
 # ---- evaluating --------------------------------------------------------------------------------
 
 
-def _load_model(
+def load_model(
     options: EvaluateOptions | PredictOptions,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str], torch.dtype | None]:
     """Model on its device, tokenizer, class names by index, and the autocast dtype."""
@@ -55,7 +55,7 @@ def evaluate_text(options: EvaluateOptions) -> dict[str, Any]:
     Raises:
         UserError: whatever the user can mend, in one sentence.
     """
-    model, tokenizer, names, autocast = _load_model(options)
+    model, tokenizer, names, autocast = load_model(options)
     part, source, notes = load_split(
         options.dataset,
         options.split,
@@ -116,7 +116,7 @@ def predict_text(
         UserError: whatever the user can mend, in one sentence.
     """
     path = _page_path(options)
-    model, tokenizer, names, autocast = _load_model(options)
+    model, tokenizer, names, autocast = load_model(options)
     if options.explain and not isinstance(model, NiNTextForSequenceClassification):
         raise UserError("--explain needs a NiN model: only its answers are a sum over tokens")
     texts: Iterable[str]

@@ -18,7 +18,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from nin_text.configuration import NETWORKS, PRESETS, BaselineConfig, NiNTextConfig
+from nin_text.configuration import (
+    MULTI_LABEL,
+    NETWORKS,
+    PRESETS,
+    BaselineConfig,
+    NiNTextConfig,
+)
 from nin_text.errors import UserError
 from nin_text.networks import BaselineForSequenceClassification
 from nin_text.options import PACKAGED, TrainOptions, model_folder, saved_nin
@@ -199,8 +205,14 @@ def load(
         multi_label: also accept a model that answers with several classes.
 
     Raises:
-        UserError: if it is no model, or damaged.
+        UserError: if it is no model, damaged, or without the layer that tells classes.
     """
+    model = load_classifier(folder, multi_label=multi_label)
+    return model, load_tokenizer(model_folder(folder))
+
+
+def load_classifier(folder: str, *, multi_label: bool = False) -> PreTrainedModel:
+    """`load` without the tokenizer."""
     folder = model_folder(folder)
     path = Path(folder)
     if path.is_dir() and not (path / "config.json").is_file():
@@ -209,18 +221,21 @@ def load(
             f"finished training run"
         )
     try:
-        model = AutoModelForSequenceClassification.from_pretrained(folder, use_safetensors=True)
+        loaded: Any = AutoModelForSequenceClassification.from_pretrained(
+            folder, use_safetensors=True, output_loading_info=True
+        )
     except Exception as error:
         raise UserError(cannot_load(folder, error)) from error
-    accepted = [None, "single_label_classification"]
-    if multi_label:
-        accepted.append("multi_label_classification")
+    model, found = loaded
+    if found["missing_keys"]:  # they would be random
+        raise UserError(f"{folder} holds no classifier; give the output folder of a training run")
+    accepted = [None, "single_label_classification"] + [MULTI_LABEL] * multi_label
     if model.config.problem_type not in accepted:
         raise UserError(
             f"{folder} is a model for {model.config.problem_type.replace('_', ' ')}; these scripts "
             f"answer with one class for each text"
         )
-    return model.eval(), load_tokenizer(folder)
+    return model.eval()
 
 
 def cannot_load(name: str, error: Exception) -> str:

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import scipy.sparse as sparse
 import torch
+import torch.nn.functional as F
 from scipy.optimize import minimize
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
@@ -40,25 +41,25 @@ def ngram_buckets(ids: Tensor, mask: Tensor, size: int, buckets: int) -> Tensor:
     """The bucket of every n-gram of up to `size` tokens, at the row where it ends.
 
     Args:
-        ids: (N,) token ids in the rows layout.
-        mask: (N,) bool, true where there is a token; n-grams do not cross other rows.
+        ids: (N,) token ids in the rows layout, or (B, T) in a padded batch.
+        mask: bool of that shape, true where there is a token; n-grams do not cross other rows.
         size: tokens of the longest n-gram.
         buckets: number of buckets.
 
     Returns:
-        (size, N) int64: bucket of the 1-gram, 2-gram, ... that ends at each row, -1 where there is
-        none.
+        (size, N) or (size, B, T) int64: bucket of the 1-gram, 2-gram, ... that ends at each row, -1
+        where there is none.
     """
     keys, inside = torch.zeros_like(ids), torch.ones_like(mask)
     found = []
     for n in range(size):
         if n:  # the (n - 1)-gram that ended one row before
-            keys = torch.cat([keys.new_zeros(1), keys[:-1]])
-            inside = torch.cat([inside.new_zeros(1), inside[:-1]])
-        keys = (keys * MULTIPLIER + ids + 1) % PRIME  # (N,)
+            keys = F.pad(keys[..., :-1], (1, 0))
+            inside = F.pad(inside[..., :-1], (1, 0), value=False)
+        keys = (keys * MULTIPLIER + ids + 1) % PRIME  # (N,) or (B, T)
         inside = inside & mask
         found.append((keys * SCRAMBLE % PRIME % buckets).masked_fill(~inside, -1))
-    return torch.stack(found)  # (size, N)
+    return torch.stack(found)  # (size, N) or (size, B, T)
 
 
 class NGramEvidence(nn.Module):

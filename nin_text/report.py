@@ -37,6 +37,13 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def move_files(source: Path, target: Path) -> None:
+    """Put the files of a folder into another one, over those of the same names."""
+    for path in source.iterdir():
+        path.replace(target / path.name)
+    source.rmdir()
+
+
 def slug(text: str) -> str:
     """A text as the name of a file or folder."""
     return re.sub(r"[^\w.-]+", "_", text).strip("._-")

@@ -19,14 +19,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from nin_text import models, report, stages
 from nin_text.data import TextDataset, load_text_dataset
-from nin_text.device import keep_freed_memory, pick_device, use_bf16
+from nin_text.device import keep_freed_memory, pick_device
 from nin_text.errors import UserError
 from nin_text.evaluation import classification_metrics, softmax
 from nin_text.explain_page import mistakes_html
 from nin_text.options import TrainOptions, check, is_nin, with_recipe
-from nin_text.text import NiNTextForSequenceClassification, NiNTextPreTrainedModel
+from nin_text.text import NiNTextForSequenceClassification
 from nin_text.tokenization import encode
-from nin_text.training import EncodedTexts, TextTrainer, last_checkpoint, training_arguments
+from nin_text.training import (
+    EncodedTexts,
+    TextTrainer,
+    last_checkpoint,
+    shared_arguments,
+    text_trainer,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -248,38 +254,21 @@ def _train(
     """
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
-    common: dict[str, Any] = {
-        "batch_size": options.batch_size,
-        "gradient_accumulation": options.gradient_accumulation,
-        "warmup": options.warmup,
-        "seed": options.seed,
-        "bf16": use_bf16(options.precision, device),
-        "device": device,
-        "find_unused_parameters": not is_nin(options.model),
-    }
-
+    common = shared_arguments(options, device)
     ngram_scale = 1.0
 
     def train(name: str, epochs: int, texts: EncodedTexts) -> TextTrainer:
         nonlocal ngram_scale
-        trainer = TextTrainer(
-            model=model,
-            args=training_arguments(
-                checkpoints / name,
-                epochs=epochs,
-                learning_rate=options.learning_rate,
-                weight_decay=options.weight_decay,
-                **common,
-            ),
-            train_dataset=texts,
-            eval_dataset=encoded["validation"],
-            processing_class=tokenizer,
-            pad_token_id=tokenizer.pad_token_id or 0,
-            batch_tokens=options.batch_tokens,
-            similar_lengths=not isinstance(model, NiNTextPreTrainedModel),
-            ema_decay=options.ema_decay,
-            patience=options.patience,
-            title=name.replace("-", " "),
+        validation = encoded["validation"]
+        trainer = text_trainer(
+            model,
+            tokenizer,
+            options,
+            checkpoints / name,
+            texts,
+            validation,
+            epochs=epochs,
+            **common,
         )
         trainer.train_or_resume()
         seconds[name] = trainer.seconds
@@ -359,9 +348,7 @@ def _leave(
     (aside / "README.md").write_text(report.model_card(metrics), encoding="utf-8")
     for name in (report.METRICS_FILE, report.MISTAKES_FILE):
         (folder / name).unlink(missing_ok=True)
-    for path in aside.iterdir():
-        path.replace(folder / path.name)
-    aside.rmdir()
+    report.move_files(aside, folder)
     report.write_json(folder / report.METRICS_FILE, metrics)
     _discard(folder / "checkpoints")
     logger.info("the model, its metrics and plots are in %s", folder)

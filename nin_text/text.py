@@ -26,7 +26,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple
 
 from nin_text.blocks import Dropout, MLPConv, Rows, max_pool_rows, pooling_weights
-from nin_text.configuration import NiNTextConfig
+from nin_text.configuration import MULTI_LABEL, NiNTextConfig
 from nin_text.ngrams import NGramEvidence
 
 logger = logging.getLogger(__name__)
@@ -126,7 +126,7 @@ class NiNTextModel(NiNTextPreTrainedModel):
         self.final_norm = nn.LayerNorm(config.hidden_size) if config.norm else nn.Identity()
         self.attention = nn.Linear(config.hidden_size, 1) if config.pooling == "attention" else None
         if self.attention is not None:
-            # Softmax would cancel it. It is made and dropped, so that seeds give what they gave.
+            # Softmax would cancel it. It is made and dropped, so that a seed draws what it drew.
             self.attention.register_parameter("bias", None)
         self.embedding_dropout = Dropout(config.embedding_dropout)
         # What one text must keep from the next: the farthest that any layer reaches, in tokens.
@@ -389,7 +389,7 @@ def classification_loss(
     """
     items: Tensor | float = labels.numel() if num_items_in_batch is None else num_items_in_batch
     weight = None if config.class_weights is None else logits.new_tensor(config.class_weights)
-    if config.problem_type == "multi_label_classification":
+    if config.problem_type == MULTI_LABEL:
         loss = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none")
         loss = (loss if weight is None else loss * weight).sum()
     else:

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from transformers import (
     EarlyStoppingCallback,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
     TrainerCallback,
@@ -34,8 +35,10 @@ from transformers import (
 )
 from transformers.trainer_utils import rotate_checkpoints
 
+from nin_text.device import use_bf16
 from nin_text.errors import UserError
 from nin_text.evaluation import pad, predict_logits, softmax
+from nin_text.options import TrainOptions, is_nin
 from nin_text.report import write_json
 
 logger = logging.getLogger(__name__)
@@ -410,6 +413,62 @@ class TextTrainer(TokenTrainer):
             self.args, self.state, self.control, metrics
         )
         return metrics
+
+
+def shared_arguments(options: TrainOptions, device: torch.device) -> dict[str, Any]:
+    """Those of `training_arguments` that all stages of a run have in common."""
+    return {
+        "batch_size": options.batch_size,
+        "gradient_accumulation": options.gradient_accumulation,
+        "warmup": options.warmup,
+        "seed": options.seed,
+        "bf16": use_bf16(options.precision, device),
+        "device": device,
+        "find_unused_parameters": not is_nin(options.model),
+    }
+
+
+def text_trainer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    options: TrainOptions,
+    folder: Path,
+    train: EncodedTexts,
+    validation: EncodedTexts,
+    *,
+    epochs: int,
+    **arguments: Any,
+) -> TextTrainer:
+    """The trainer of a classifier.
+
+    Args:
+        model: is trained in place.
+        tokenizer: goes into the checkpoints.
+        options: with the recipe filled in.
+        folder: for checkpoints; the progress bar has its name.
+        train, validation: what to learn from, and what to judge by.
+        epochs: passes over `train`.
+        arguments: `shared_arguments`.
+    """
+    return TextTrainer(
+        model=model,
+        args=training_arguments(
+            folder,
+            epochs=epochs,
+            learning_rate=options.learning_rate,
+            weight_decay=options.weight_decay,
+            **arguments,
+        ),
+        train_dataset=train,
+        eval_dataset=validation,
+        processing_class=tokenizer,
+        pad_token_id=tokenizer.pad_token_id or 0,
+        batch_tokens=options.batch_tokens,
+        similar_lengths=not is_nin(options.model),
+        ema_decay=options.ema_decay,
+        patience=options.patience,
+        title=folder.name.replace("-", " "),
+    )
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -25,11 +25,12 @@ def main() -> None:
 
     def work() -> Iterator[dict[str, Any]]:
         # Imports torch: seconds that --help must not take.
-        from nin_text.bulk import score_files
+        if options.output is not None:
+            from nin_text.bulk import score_files
+
+            return iter([score_files(options)])
         from nin_text.inference import predict_text
 
-        if options.output is not None:
-            return iter([score_files(options)])
         lines = None
         if not options.texts and options.file is None:
             if sys.stdin.isatty():

@@ -19,12 +19,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 @pytest.fixture(autouse=True)
 def private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NIN_TEXT_CACHE", str(tmp_path / "cache"))
-    # A comparison sets these for the processes that it starts; the next test must not inherit them.
-    for name in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS"):
-        before = os.environ.get(name)
-        monkeypatch.setenv(name, before or "")
-        if before is None:
-            monkeypatch.delenv(name)
 
 
 @pytest.fixture

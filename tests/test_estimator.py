@@ -330,7 +330,7 @@ def test_a_fit_that_fails_leaves_the_last_one(
     def fail(self, *args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("nin_text.estimator.TextTrainer.train", fail)
+    monkeypatch.setattr("nin_text.training.TextTrainer.train", fail)
     with pytest.raises(KeyboardInterrupt):
         classifier.fit(texts, y)
     assert (classifier.predict_proba(test) == before).all()

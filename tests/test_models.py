@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import BertConfig, BertForSequenceClassification
 
-from nin_text import models
+from nin_text import NiNTextConfig, NiNTextModel, models
 from nin_text.errors import UserError
 from nin_text.options import TrainOptions, with_recipe
 from nin_text.tokenization import train_tokenizer
@@ -117,3 +117,11 @@ def test_the_length_of_training_is_remembered(tmp_path: Path, trained: Path) -> 
     for damage in ("{", "[]", '{"options": {"max_length": "x"}}'):
         (tmp_path / "metrics.json").write_text(damage)
         assert models.trained_max_length(str(tmp_path)) is None
+
+
+def test_an_encoder_alone_is_no_classifier(tmp_path: Path) -> None:
+    """Its classes would be told by random weights."""
+    config = NiNTextConfig.from_preset("nin-text-small", vocab_size=20, num_labels=2)
+    NiNTextModel(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="holds no classifier"):
+        models.load(str(tmp_path))

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from nin_text.baselines import count_tokens
-from nin_text.data import SPLIT_SEED
+from nin_text.splits import SPLIT_SEED
 from nin_text.systems import BATCH_TOKENS, System
 
 SINGLES = 50  # texts answered one by one in each round

@@ -21,6 +21,7 @@ Letters in shapes: B texts or images, T tokens, N rows, C channels, K classes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -92,16 +93,17 @@ class Rows:
 
 
 def convolve(conv: nn.Conv1d | nn.Conv2d, x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Apply a stride-1, "same"-padded convolution to channels-last input.
+    """Apply a convolution, padded as by `SpatialConv`, to channels-last input.
 
     Args:
-        conv: the weights and the geometry.
+        conv: the weights and the geometry; the rows layout needs stride 1.
         x: (N, C) rows, (B, T, C) or (B, H, W, C).
         mask: broadcastable to x, true where there is input; everywhere else the convolution
             sees zeros. None for images and for rows that are zero already.
 
     Returns:
-        The same layout with `conv.out_channels` channels.
+        The same layout with `conv.out_channels` channels; height and width (or T) are divided by
+        the stride and rounded up.
     """
     if mask is not None:
         x = x * mask
@@ -181,6 +183,7 @@ class SpatialConv(nn.Module):
         kernel_sizes: one width, or two and more for inception.
         dims: 1 for text, 2 for images.
         dilation: distance between neighbouring taps.
+        stride: distance between neighbouring outputs; above 1, kernel sizes must be odd.
         activation: after the 1x1 reductions of inception.
     """
 
@@ -192,6 +195,7 @@ class SpatialConv(nn.Module):
         *,
         dims: int = 1,
         dilation: int = 1,
+        stride: int = 1,
         activation: str = "relu",
     ) -> None:
         super().__init__()
@@ -207,7 +211,14 @@ class SpatialConv(nn.Module):
             self.reductions = nn.ModuleList(nn.Linear(in_channels, width) for width in widths)
             self.act = ACTIVATIONS[activation]()
         self.convs = nn.ModuleList(
-            conv_type(i, o, k, padding="same", dilation=dilation)
+            conv_type(
+                i,
+                o,
+                k,
+                stride=stride,
+                padding="same" if stride == 1 else dilation * (k // 2),
+                dilation=dilation,
+            )
             for i, o, k in zip(inputs, widths, kernel_sizes, strict=True)
         )
 
@@ -233,7 +244,7 @@ class MLPConv(nn.Module):
         channels: output channels of the spatial convolution, then of each 1x1 convolution.
         kernel_sizes: width of the spatial convolution; several make it an inception block.
         dims: 1 for text, 2 for images.
-        dilation: of the spatial convolution.
+        dilation, stride: of the spatial convolution.
         activation: "relu", "gelu" or "silu".
         norm: layer normalization over channels before the spatial convolution.
         residual: add the input to the output. The last 1x1 convolution then has no activation,
@@ -241,7 +252,7 @@ class MLPConv(nn.Module):
         dropout: probability of zeroing an element of the block's output, before the sum.
 
     Raises:
-        ValueError: if `residual` is asked for and input and output channels differ.
+        ValueError: if `residual` is asked for and input and output differ in size.
     """
 
     def __init__(
@@ -252,6 +263,7 @@ class MLPConv(nn.Module):
         *,
         dims: int = 1,
         dilation: int = 1,
+        stride: int = 1,
         activation: str = "relu",
         norm: bool = False,
         residual: bool = False,
@@ -263,6 +275,8 @@ class MLPConv(nn.Module):
                 f"a residual block must end with as many channels as it begins with, "
                 f"not {in_channels} and {channels[-1]}"
             )
+        if residual and stride > 1:
+            raise ValueError(f"a residual block must have stride 1, not {stride}")
         self.residual = residual
         self.norm = nn.LayerNorm(in_channels) if norm else nn.Identity()
         self.spatial = SpatialConv(
@@ -271,6 +285,7 @@ class MLPConv(nn.Module):
             kernel_sizes,
             dims=dims,
             dilation=dilation,
+            stride=stride,
             activation=activation,
         )
         self.pointwise = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(channels))
@@ -306,6 +321,31 @@ def pooling_weights(mask: Tensor, scores: Tensor | None = None) -> Tensor:
     # Finite fill: a text without tokens would otherwise turn softmax, and its gradient, into NaN.
     scores = scores.float().masked_fill(~mask, torch.finfo(torch.float32).min)
     return scores.softmax(dim=1) * mask
+
+
+def pool_image(x: Tensor, kind: str) -> Tensor:
+    """3x3 pooling of stride 2 over (B, H, W, C), incomplete windows at the far edges included.
+
+    Args:
+        x: height and width of at least 1.
+        kind: "max" or "average" (of the pixels that there are).
+
+    Returns:
+        (B, H', W', C), where H' is `pooled_size(H)`.
+    """
+    planes = x.movedim(-1, 1)  # (B, C, H, W)
+    # A window no larger than the image, so that one of a single pixel can be pooled, too.
+    window = (min(3, planes.shape[2]), min(3, planes.shape[3]))
+    if kind == "max":
+        pooled = F.max_pool2d(planes, window, 2, ceil_mode=True)
+    else:
+        pooled = F.avg_pool2d(planes, window, 2, ceil_mode=True, count_include_pad=False)
+    return pooled.movedim(1, -1)
+
+
+def pooled_size(size: int) -> int:
+    """Height or width after `pool_image`."""
+    return max(1, math.ceil((size - 3) / 2) + 1)
 
 
 def global_average_pool(x: Tensor) -> Tensor:

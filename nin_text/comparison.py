@@ -28,7 +28,7 @@ from nin_text import benchmark, processes, report
 from nin_text.baselines import count_tokens
 from nin_text.benchmark import Sample
 from nin_text.comparison_report import print_table, to_html, to_markdown
-from nin_text.data import SPLIT_SEED, Split, TextDataset
+from nin_text.data import Split, TextDataset
 from nin_text.device import pick_device, use_bf16
 from nin_text.errors import UserError
 from nin_text.evaluation import classification_metrics, paired_difference
@@ -43,7 +43,8 @@ from nin_text.options import (
     CompareOptions,
     check,
 )
-from nin_text.runs import ANSWERS_FILE
+from nin_text.run_folder import ANSWERS_FILE
+from nin_text.splits import SPLIT_SEED
 
 logger = logging.getLogger(__name__)
 

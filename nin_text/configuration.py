@@ -1,6 +1,6 @@
-"""Configuration of the text models and the presets; also of the networks they are compared with.
+"""Configurations and presets: text models, what they are compared with, image models.
 
-Importing this module registers both with transformers' AutoConfig; no torch is needed.
+Importing this module registers them with transformers' AutoConfig; no torch is needed.
 There is no `from __future__ import annotations` here: `strict` reads the types of the fields, and a
 Literal that has become a string would not be checked.
 """
@@ -120,18 +120,9 @@ class NiNTextConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Refuse sizes that no network can have, before anything is allocated."""
-        blocks = len(self.block_channels)
-        if blocks == 0:
-            raise ValueError("block_channels is empty; there must be at least one block")
-        for name in ("kernel_sizes", "dilations", "pool"):
-            entries = len(getattr(self, name))
-            if entries != blocks:
-                raise ValueError(f"{name} has {entries} entries for {blocks} blocks")
+        _check_blocks(self, ("kernel_sizes", "dilations", "pool"))
         sizes = [self.vocab_size, self.embedding_size, *self.dilations]
-        for block in [*self.block_channels, *self.kernel_sizes]:
-            if not block:
-                raise ValueError("every block needs at least one channel count and kernel size")
-            sizes += block
+        sizes += [size for block in (*self.block_channels, *self.kernel_sizes) for size in block]
         if min(*sizes, self.ngram_buckets) < 1:
             raise ValueError(
                 "vocabulary, channels, kernel sizes, dilations and buckets must be positive"
@@ -152,6 +143,184 @@ class NiNTextConfig(PreTrainedConfig):
         if name not in PRESETS:
             raise ValueError(f"no preset named {name!r}; there are {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name], **overrides})
+
+
+# The author's networks (see `NiNImageConfig` for what the fields mean): ReLU after every layer, the
+# class maps included, max pooling and dropout between the blocks.
+_PAPER: dict[str, Any] = {
+    "pool": ["max", "max", "none"],
+    "hidden_dropout": 0.5,
+    "rectified_logits": True,
+    "initializer_std": 0.05,
+}
+
+IMAGE_PRESETS: dict[str, dict[str, Any]] = {
+    "nin-cifar10": {
+        **_PAPER,
+        "block_channels": [[192, 160, 96], [192, 192, 192], [192, 192]],
+        "kernel_sizes": [[5], [5], [3]],
+        "normalization": "zca",
+    },
+    "nin-cifar100": {
+        **_PAPER,
+        "block_channels": [[192, 160, 96], [192, 192, 192], [192, 192]],
+        "kernel_sizes": [[5], [5], [3]],
+        "normalization": "zca",
+    },
+    "nin-svhn": {
+        **_PAPER,
+        "block_channels": [[128, 96, 64], [320, 256, 128], [384, 256]],
+        "kernel_sizes": [[5], [5], [5]],
+    },
+    "nin-mnist": {
+        **_PAPER,
+        "block_channels": [[96, 64, 48], [128, 96, 48], [128, 96]],
+        "kernel_sizes": [[5], [5], [5]],
+        "image_size": 28,
+        "num_channels": 1,
+    },
+    # The author's network for ImageNet, of AlexNet's layout; here its first layer is padded, too.
+    "nin-imagenet": {
+        **_PAPER,
+        "block_channels": [[96, 96, 96], [256, 256, 256], [384, 384, 384], [1024, 1024]],
+        "kernel_sizes": [[11], [5], [3], [3]],
+        "strides": [4, 1, 1, 1],
+        "pool": ["max", "max", "max", "none"],
+        "image_size": 224,
+    },
+    # A single block, the smallest network that has all the parts.
+    "nin-tutorial": {
+        "block_channels": [[192, 64, 64]],
+        "kernel_sizes": [[5]],
+    },
+    # Fewer than a million parameters, and what has been learned since: layer normalization,
+    # residual connections, GELU, 3x3 convolutions.
+    "nin-modern": {
+        "block_channels": [
+            [64, 64],
+            [96, 192, 96],
+            [96, 192, 96],
+            [160, 320, 160],
+            [160, 320, 160],
+        ],
+        "kernel_sizes": [[3], [3], [3], [3], [3]],
+        "pool": ["max", "none", "max", "none", "none"],
+        "residual": True,
+        "norm": True,
+        "hidden_act": "gelu",
+    },
+}
+
+
+@strict
+class NiNImageConfig(PreTrainedConfig):
+    """Configuration of the image models.
+
+    Lists have one entry for each block.
+
+    Args:
+        image_size: height and width of the images, in pixels.
+        num_channels: 1 for grey images, 3 for RGB.
+        block_channels: output channels of each block's spatial convolution and of each 1x1
+            convolution after it. The 1x1 convolution to the class maps is not among them.
+        kernel_sizes: widths of each block's spatial convolution; several make inception blocks.
+        strides: of the spatial convolutions; 1 everywhere if empty.
+        pool: "max" or "average" (both 3x3 with stride 2), or "none" after each block; nowhere if
+            empty.
+        residual: add a block's input to its output, where both have the same size.
+        norm: layer normalization before each block but the first, and after the last.
+        hidden_act: "relu", "gelu" or "silu".
+        head: "average" (global average pooling of the class maps) or "fully_connected" (a linear
+            map from all positions of the class maps, as the paper's section 4.6 compares).
+        rectified_logits: ReLU on the class maps, as the author has it; logits are then >= 0.
+        hidden_dropout: element dropout after each pooling.
+        head_dropout: element dropout before a fully connected head.
+        initializer_std: standard deviation of normal first weights; None for He initialization.
+        normalization: of the input. "channel": mean 0 and variance 1 for each channel over the
+            training images; "zca": global contrast normalization, then ZCA whitening (section 4.1).
+        shift: most pixels by which training images are moved in either direction, at random.
+        flip: whether training images are mirrored left to right at random.
+        erase: side of a square blotted out at a random place of each training image; 0 for none.
+        label_smoothing: mass of the target spread over all classes.
+        class_weights: factor on the loss of each class, or None.
+    """
+
+    model_type = "nin_image"
+
+    image_size: int = 32
+    num_channels: int = 3
+    block_channels: list[list[int]] = field(default_factory=lambda: [[192, 64, 64]])
+    kernel_sizes: list[list[int]] = field(default_factory=lambda: [[5]])
+    strides: list[int] = field(default_factory=list)
+    pool: list[str] = field(default_factory=list)
+    residual: bool = False
+    norm: bool = False
+    hidden_act: Literal["relu", "gelu", "silu"] = "relu"
+    head: Literal["average", "fully_connected"] = "average"
+    rectified_logits: bool = False
+    hidden_dropout: float | int = 0.0
+    head_dropout: float | int = 0.0
+    initializer_std: float | None = None
+    normalization: Literal["channel", "zca"] = "channel"
+    shift: int = 0
+    flip: bool = False
+    erase: int = 0
+    label_smoothing: float | int = 0.0
+    class_weights: list[float] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if not self.strides:
+            self.strides = [1] * len(self.block_channels)
+        if not self.pool:
+            self.pool = ["none"] * len(self.block_channels)
+        super().__post_init__(**kwargs)
+
+    @property
+    def hidden_size(self) -> int:
+        """C, the channels of the last block."""
+        return self.block_channels[-1][-1]
+
+    def validate_architecture(self) -> None:
+        """Refuse sizes that no network can have, before anything is allocated."""
+        _check_blocks(self, ("kernel_sizes", "strides", "pool"))
+        sizes = [self.image_size, self.num_channels, *self.strides]
+        sizes += [size for block in (*self.block_channels, *self.kernel_sizes) for size in block]
+        if min(sizes) < 1:
+            raise ValueError("image size, channels, kernel sizes and strides must be positive")
+        if not set(self.pool) <= {"max", "average", "none"}:
+            raise ValueError(f"pool must hold max, average and none, not {self.pool}")
+        for name in ("hidden_dropout", "head_dropout", "label_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), not {getattr(self, name)}")
+        for name in ("shift", "erase"):
+            if not 0 <= getattr(self, name) < self.image_size:
+                raise ValueError(
+                    f"{name} must be in [0, {self.image_size}), not {getattr(self, name)}"
+                )
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> Self:
+        """The configuration of a preset, with any field overridden.
+
+        Raises:
+            ValueError: if there is no preset of that name.
+        """
+        if name not in IMAGE_PRESETS:
+            raise ValueError(f"no preset named {name!r}; there are {', '.join(IMAGE_PRESETS)}")
+        return cls(**{**IMAGE_PRESETS[name], **overrides})
+
+
+def _check_blocks(config: Any, lists: tuple[str, ...]) -> None:
+    """Refuse lists that do not have one entry for each block, and blocks without layers."""
+    blocks = len(config.block_channels)
+    if blocks == 0:
+        raise ValueError("block_channels is empty; there must be at least one block")
+    for name in lists:
+        entries = len(getattr(config, name))
+        if entries != blocks:
+            raise ValueError(f"{name} has {entries} entries for {blocks} blocks")
+    if not all([*config.block_channels, *config.kernel_sizes]):
+        raise ValueError("every block needs at least one channel count and kernel size")
 
 
 # Networks that NiN is compared with (see `networks.py`).
@@ -240,4 +409,5 @@ class BaselineConfig(PreTrainedConfig):
 
 
 AutoConfig.register(NiNTextConfig.model_type, NiNTextConfig, exist_ok=True)
+AutoConfig.register(NiNImageConfig.model_type, NiNImageConfig, exist_ok=True)
 AutoConfig.register(BaselineConfig.model_type, BaselineConfig, exist_ok=True)

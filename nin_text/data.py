@@ -6,7 +6,6 @@ import hashlib
 import logging
 import math
 import os
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,13 +15,10 @@ from typing import Any
 from nin_text import demo_data, readers
 from nin_text.errors import UserError
 from nin_text.readers import Table
+from nin_text.splits import announce, finish_splits, subset
 
 logger = logging.getLogger(__name__)
 
-SPLIT_SEED = 20131216  # the day the paper was posted; never the training seed
-VALIDATION_SHARE = 0.1
-MAX_VALIDATION = 5000
-MIN_EXAMPLES = 10
 NETWORK_TIMEOUT = 5.0  # seconds
 
 
@@ -178,16 +174,11 @@ def load_text_dataset(
         split: Split(texts, _label_indices(labels, label_names, split))
         for split, (texts, labels) in columns.items()
     }
-    _make_missing_splits(splits, notes)
-    if limit is not None:
-        splits = {split: _subset(part, limit) for split, part in splits.items()}
-        notes.append(f"at most {limit} examples of each split were used (--limit)")
-    _check_labels(splits, label_names, notes)
-    counts = ", ".join(f"{len(part):,} {split}" for split, part in splits.items())
-    logger.info("%s from %s: %s", name, raw.source, counts)
-    logger.info("classes: %s", ", ".join(label_names))
-    for note in notes:
-        logger.warning("note: %s", note)
+    if "unsupervised" in splits:
+        texts = splits["unsupervised"].texts
+        splits["unsupervised"] = Split(texts, [-1] * len(texts))
+    splits = finish_splits(splits, label_names, notes, limit)
+    announce(name, raw.source, label_names, splits, notes)
     return TextDataset(name, raw.source, label_names, splits, notes)
 
 
@@ -224,7 +215,7 @@ def load_split(
         texts, labels = _columns(table, path.name, columns, label_column, drop_empty, notes)
         _check_present({path.name: (texts, labels)})
         part = Split(texts, _label_indices(labels, label_names, path.name))
-        return (part if limit is None else _subset(part, limit)), str(path), notes
+        return (part if limit is None else subset(part, limit)), str(path), notes
     data = load_text_dataset(
         name,
         data_dir=data_dir,
@@ -345,6 +336,20 @@ def _from_hub(hub_id: str, places: list[str]) -> _Raw:
         if places
         else "give the path of a local copy"
     )
+    return _from_datasets(load_from_hub(hub_id, advice), f"hub:{hub_id}")
+
+
+def load_from_hub(hub_id: str, advice: str, configuration: str | None = None) -> Any:
+    """Load a data set, as `datasets` does, from the Hugging Face hub or its local cache.
+
+    Args:
+        hub_id: owner/name.
+        advice: what to do if it cannot be had, the last part of the message.
+        configuration: which of its configurations.
+
+    Raises:
+        UserError: if it cannot be had.
+    """
     online = _hub_is_reachable()
     import datasets
 
@@ -353,12 +358,12 @@ def _from_hub(hub_id: str, places: list[str]) -> _Raw:
     datasets.disable_progress_bars()
     try:
         try:
-            loaded = datasets.load_dataset(hub_id)
+            return datasets.load_dataset(hub_id, configuration)
         except RuntimeError as error:
             if "script" not in str(error):
                 raise
             # Older data sets are a script, which is never run; the hub keeps a Parquet copy.
-            loaded = datasets.load_dataset(hub_id, revision="refs/convert/parquet")
+            return datasets.load_dataset(hub_id, configuration, revision="refs/convert/parquet")
     except Exception as error:
         if not online:
             raise UserError(
@@ -370,7 +375,6 @@ def _from_hub(hub_id: str, places: list[str]) -> _Raw:
             f"the data set {hub_id} could not be loaded from the Hugging Face hub ({reason}); "
             f"check the id, or {advice}"
         ) from error
-    return _from_datasets(loaded, f"hub:{hub_id}")
 
 
 def _hub_is_reachable() -> bool:
@@ -523,80 +527,3 @@ def _label_indices(labels: list[Any] | None, names: Sequence[str], split: str) -
                 f"the classes trained on: {', '.join(map(repr, names[:20]))}"
             )
     return result
-
-
-# ---- splits ------------------------------------------------------------------------------------
-
-
-def _make_missing_splits(splits: dict[str, Split], notes: list[str]) -> None:
-    """Carve validation, and test where there is none, from train with a fixed seed."""
-    if "unsupervised" in splits:
-        texts = splits["unsupervised"].texts
-        splits["unsupervised"] = Split(texts, [-1] * len(texts))
-    if "train" not in splits:
-        raise UserError("there is no training split (a file named train.*)")
-    total = len(splits["train"])
-    for split in ("test", "validation"):
-        if split not in splits:
-            train = splits["train"]
-            size = min(math.ceil(len(train) * VALIDATION_SHARE), MAX_VALIDATION)
-            if total < MIN_EXAMPLES:
-                raise UserError(f"{total} examples are too few to train and test on")
-            taken, rest = stratified(train.labels, size)
-            splits[split], splits["train"] = train.take(taken), train.take(rest)
-            notes.append(
-                f"the {split} split is {len(taken):,} examples carved from train (fixed seed)"
-            )
-
-
-def stratified(labels: Sequence[int], size: int) -> tuple[list[int], list[int]]:
-    """Indices of `size` examples with the class shares of all, and of the rest; both in order.
-
-    A class with a single example stays with the rest.
-    """
-    import numpy as np
-
-    rng = np.random.default_rng(SPLIT_SEED)
-    order = rng.permutation(len(labels))
-    by_class: dict[int, list[int]] = {}
-    for i in order:
-        by_class.setdefault(labels[i], []).append(int(i))
-    # Interleave the classes by the share of each that has been dealt: every prefix is stratified.
-    ranked = sorted(
-        ((rank + 0.5) / len(members), label, i)
-        for label, members in by_class.items()
-        for rank, i in enumerate(members[:-1])
-    )
-    taken = sorted(i for _, _, i in ranked[:size])
-    chosen = set(taken)
-    return taken, [i for i in range(len(labels)) if i not in chosen]
-
-
-def _subset(split: Split, limit: int) -> Split:
-    if limit >= len(split):
-        return split
-    if split.labels and split.labels[0] >= 0:
-        return split.take(stratified(split.labels, limit)[0])
-    import numpy as np
-
-    drawn = np.random.default_rng(SPLIT_SEED).permutation(len(split))[:limit]
-    return split.take(sorted(drawn.tolist()))
-
-
-def _check_labels(splits: dict[str, Split], names: list[str], notes: list[str]) -> None:
-    counts = Counter(splits["train"].labels)
-    if len(counts) < 2:
-        raise UserError(
-            f"all training examples have the same label ({', '.join(names)}); "
-            f"a classifier needs at least two classes"
-        )
-    for split in ("validation", "test"):
-        if not len(splits[split]):
-            raise UserError(
-                f"the {split} split is empty; there must be classes with two examples and more"
-            )
-    for split in ("train", "test"):
-        missing = sorted(set(range(len(names))) - set(splits[split].labels))
-        if missing:
-            shown = ", ".join(names[i] for i in missing[:10])
-            notes.append(f"{len(missing)} classes have no example in the {split} split: {shown}")

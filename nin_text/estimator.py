@@ -33,7 +33,6 @@ from transformers.utils.logging import (
 
 from nin_text import models, ngrams, stages
 from nin_text.configuration import MULTI_LABEL
-from nin_text.data import stratified
 from nin_text.device import pick_device
 from nin_text.errors import UserError
 from nin_text.estimator_inputs import (
@@ -46,6 +45,7 @@ from nin_text.estimator_inputs import (
 from nin_text.evaluation import pad, predict_logits, softmax
 from nin_text.options import PRECISIONS, PRESET_NAMES, TrainOptions, check, with_recipe
 from nin_text.report import move_files, write_json
+from nin_text.splits import stratified
 from nin_text.text import NiNTextForSequenceClassification
 from nin_text.tokenization import encode
 from nin_text.training import (

@@ -94,7 +94,7 @@ class Page:
         data = json.dumps({"levels": LEVELS, "texts": self.data}, separators=(",", ":"))
         data = data.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
         policy = (
-            f"default-src 'none'; script-src {_digest(script)}; style-src {_digest(style)}; "
+            f"default-src 'none'; script-src {digest(script)}; style-src {digest(style)}; "
             f"base-uri 'none'; form-action 'none'"
         )
         title = escape(visible(self.title))
@@ -221,7 +221,7 @@ def _cut(text: str, most: int = MAX_CHARACTERS) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def _digest(source: str) -> str:
+def digest(source: str) -> str:
     """The expression by which a content security policy allows an inline script or style."""
     digest = hashlib.sha256(source.encode()).digest()
     return f"'sha256-{base64.b64encode(digest).decode()}'"

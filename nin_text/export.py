@@ -29,11 +29,12 @@ from transformers import PreTrainedTokenizerBase
 from nin_text import models, report
 from nin_text.blocks import pooling_weights
 from nin_text.configuration import MULTI_LABEL
-from nin_text.data import SPLIT_SEED, Split, load_split, load_text_dataset
+from nin_text.data import Split, load_split, load_text_dataset
 from nin_text.errors import UserError
 from nin_text.evaluation import batches_by_length, pad
 from nin_text.ngrams import NGramEvidence, ngram_buckets
 from nin_text.options import ExportOptions, check, model_folder
+from nin_text.splits import SPLIT_SEED
 from nin_text.text import NiNTextForSequenceClassification
 from nin_text.tokenization import encode, load_tokenizer, truncation
 

@@ -89,6 +89,9 @@ RANGES: dict[str, tuple[float, float]] = {
     "rounds": (0, 1000),
     "threads": (1, 1024),
     "seed": (0, 2**32 - 1),
+    "image_size": (4, 1024),
+    "shift": (0, 1024),
+    "erase": (0, 1024),
 }
 
 # The stages that only NiN goes through, and averaged weights, which are tuned to it.
@@ -484,7 +487,7 @@ def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
         elif spec.default is not None and kind is not bool:
             text += " (default: %(default)s)"
         if kind is bool:
-            if spec.default:
+            if spec.default is not False:
                 arguments["action"] = argparse.BooleanOptionalAction
             else:
                 arguments["action"] = "store_true"

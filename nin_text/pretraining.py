@@ -86,6 +86,11 @@ class LongEnoughTexts(Dataset):
     def __getitem__(self, i: int) -> np.ndarray:
         return self.rows[i]
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each text."""
+        return [len(row) for row in self.rows]
+
 
 def cut_in_two(
     rows: Sequence[np.ndarray], targets: Targets, pad_token_id: int

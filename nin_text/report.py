@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from huggingface_hub import EvalResult, ModelCardData
 
-from nin_text.data import KNOWN
+from nin_text import data, image_data
 
 LIBRARIES = "nin-text torch transformers datasets tokenizers scikit-learn accelerate numpy".split()
 MAX_CLASSES_SHOWN = 30
 METRICS_FILE = "metrics.json"
 MISTAKES_FILE = "mistakes.html"  # of a NiN model
+CLASS_MAPS_FILE = "class_maps.html"  # of an image model
 
 
 def write_text(path: Path, text: str) -> None:
@@ -170,14 +171,16 @@ def model_card(metrics: dict[str, Any]) -> str:
     low, high = test["accuracy_interval_95"]
     labels = ", ".join(f"`{name}`" for name in metrics["label_names"][:MAX_CLASSES_SHOWN])
     more = len(metrics["label_names"]) - MAX_CLASSES_SHOWN
-    table = metrics["ngram_table_entries"]
+    table = metrics.get("ngram_table_entries")
+    kind = _kind(metrics)
     notes = "".join(f"- {note}\n" for note in metrics["notes"])
     model, dataset = _without_folders(metrics["model"]), _without_folders(metrics["dataset"])
     ours = metrics["architecture"].startswith(("NiN", "Baseline"))
     mistakes = (
-        f"The most confident mistakes on the validation split, with the evidence of every token, "
-        f"are in `{MISTAKES_FILE}`: a page that shows texts of the data.\n\n"
-        if metrics["architecture"] == "NiNTextForSequenceClassification"
+        f"The most confident mistakes on the validation split, with the evidence of every "
+        f"{'region' if kind == 'image' else 'token'}, are in `{MISTAKES_FILE}`: a page that shows "
+        f"{kind}s of the data.\n\n"
+        if metrics["architecture"].startswith("NiN")
         else ""
     )
     return f"""---
@@ -185,7 +188,7 @@ def model_card(metrics: dict[str, Any]) -> str:
 ---
 # {model} on {dataset}
 
-A text classifier with {metrics["parameters"]:,} parameters\
+{"An image" if kind == "image" else "A text"} classifier with {metrics["parameters"]:,} parameters\
 {f", a table of n-gram evidence with {table:,} entries," if table else ""} and \
 {len(metrics["label_names"])} classes: {labels}{f" and {more} more" if more > 0 else ""}.
 
@@ -206,8 +209,8 @@ once, at the end.
 {"import nin_text  # registers the architecture with transformers" + chr(10) if ours else ""}\
 from transformers import pipeline
 
-classify = pipeline("text-classification", model="path/to/this/folder")  # or its id on the hub
-classify("Your text here.")
+classify = pipeline("{kind}-classification", model="path/to/this/folder")  # or its id on the hub
+classify("{"picture.png" if kind == "image" else "Your text here."}")
 ```
 
 ## Training
@@ -220,18 +223,24 @@ classify("Your text here.")
 {notes}
 ## Limits
 
-{_mistakes(test["confusion_matrix"], metrics["label_names"])}
-It gives one of its classes to any text, also to one that belongs to none of them or is in another
-language. The classifier knows the kind of text it was trained on. It has not been examined for
-bias, and its probabilities are only as well calibrated as the table says, on text like the test
-split.
+{_mistakes(test["confusion_matrix"], metrics["label_names"], kind)}
+It gives one of its classes to any {kind}, also to one that belongs to none of them{
+        " or is in another" + chr(10) + "language" if kind == "text" else ""
+    }. The classifier knows the kind of {kind} it was trained on. It has not been examined for
+bias, and its probabilities are only as well calibrated as the table says, on {kind}s like those of
+the test split.
 
 The licence is for whoever publishes the model to state; that of the training data has a say.
 """
 
 
+def _kind(metrics: dict[str, Any]) -> str:
+    return "image" if metrics["architecture"].startswith("NiNImage") else "text"
+
+
 def _card_data(metrics: dict[str, Any], name: str) -> ModelCardData:
     """What the hub reads of a card."""
+    kind = _kind(metrics)
     hub_id = _hub_id(metrics)
     dataset = _without_folders(metrics["dataset"])
     values = {
@@ -241,15 +250,15 @@ def _card_data(metrics: dict[str, Any], name: str) -> ModelCardData:
     return ModelCardData(
         license="unknown",
         library_name="transformers",
-        pipeline_tag="text-classification",
-        tags=["nin-text", "text-classification"],
+        pipeline_tag=f"{kind}-classification",
+        tags=["nin-text", f"{kind}-classification"],
         datasets=[hub_id or slug(dataset)],
         metrics=list(values),
         model_name=name,
         eval_results=[
             EvalResult(
-                task_type="text-classification",
-                task_name="Text classification",
+                task_type=f"{kind}-classification",
+                task_name=f"{kind.capitalize()} classification",
                 dataset_type=hub_id or slug(dataset),
                 dataset_name=dataset,
                 dataset_split="test",
@@ -266,15 +275,17 @@ def _hub_id(metrics: dict[str, Any]) -> str | None:
     """The data set's id on the hub, though a local copy of it may have been read."""
     if metrics["data_source"].startswith("hub:"):
         return str(metrics["data_source"].removeprefix("hub:"))
-    return KNOWN[metrics["dataset"]].hub_id if metrics["dataset"] in KNOWN else None
+    known = image_data.KNOWN if _kind(metrics) == "image" else data.KNOWN
+    return known[metrics["dataset"]].hub_id if metrics["dataset"] in known else None
 
 
 def _source(metrics: dict[str, Any]) -> str:
     source = metrics["data_source"]
-    return source if source == "generated" or source.startswith("hub:") else "local files"
+    known = source in ("generated", "scikit-learn") or source.startswith("hub:")
+    return source if known else "local files"
 
 
-def _mistakes(matrix: Sequence[Sequence[int]], names: Sequence[str]) -> str:
+def _mistakes(matrix: Sequence[Sequence[int]], names: Sequence[str], kind: str) -> str:
     """A sentence on the most frequent mistake."""
     wrong = {
         (i, j): count
@@ -284,10 +295,10 @@ def _mistakes(matrix: Sequence[Sequence[int]], names: Sequence[str]) -> str:
     }
     n = sum(map(sum, matrix))
     if not wrong:
-        return f"All {n:,} test texts were classified rightly."
+        return f"All {n:,} test {kind}s were classified rightly."
     i, j = max(wrong, key=lambda pair: wrong[pair])
     return (
-        f"Of {n:,} test texts {sum(wrong.values()):,} were classified wrongly; most often,\n"
+        f"Of {n:,} test {kind}s {sum(wrong.values()):,} were classified wrongly; most often,\n"
         f"`{names[i]}` was taken for `{names[j]}` ({wrong[i, j]:,} of {sum(matrix[i]):,})."
     )
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-import json
 import logging
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -14,13 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from safetensors.numpy import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from nin_text import models, report, stages
+from nin_text import models, report, run_folder, stages
 from nin_text.data import TextDataset, load_text_dataset
 from nin_text.device import keep_freed_memory, pick_device
-from nin_text.errors import UserError
 from nin_text.evaluation import classification_metrics, softmax
 from nin_text.explain_page import mistakes_html
 from nin_text.options import TrainOptions, check, is_nin, with_recipe
@@ -29,21 +24,11 @@ from nin_text.tokenization import encode
 from nin_text.training import (
     EncodedTexts,
     TextTrainer,
-    last_checkpoint,
     shared_arguments,
     text_trainer,
 )
 
 logger = logging.getLogger(__name__)
-
-OPTIONS_FILE = "options.json"
-ANSWERS_FILE = "answers.safetensors"  # class probabilities (n, K) of "validation" and "test"
-# Options that do not change what is trained: a resumed run may differ in them.
-INCIDENTAL = {"data_dir", "device", "output_dir", "quiet", "resume", "verbose"}
-SUMMARY = (
-    "dataset model seed parameters validation_accuracy test_accuracy test_macro_f1 train_seconds "
-    "peak_memory_mb output_dir"
-).split()
 
 
 def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dict[str, Any]:
@@ -66,15 +51,15 @@ def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dic
     train = dataset.splits["train"]
     options = with_recipe(options, len(train))
     device = pick_device(options.device)
-    folder = options.output_dir or Path("runs") / _run_name(options)
-    record = _record(options, dataset)
-    if options.resume and (finished := _finished(folder, record)) is not None:
+    folder = run_folder.folder_of(options)
+    record = run_folder.essentials(options, dataset.fingerprint())
+    if options.resume and (finished := run_folder.finished_run(folder, record)) is not None:
         logger.info("%s is a finished run; nothing is left to do", folder)
         return finished
     # Of several processes (torchrun), one prepares what all use, while the others wait.
     processes = PartialState(cpu=device.type == "cpu")
     if processes.is_main_process:
-        _open_run_folder(folder, record, resume=options.resume)
+        run_folder.open_run_folder(folder, record, resume=options.resume)
     processes.wait_for_everyone()
     if is_nin(options.model):
         # Whose batches have few sizes. Those of a transformer are all different: the heap would
@@ -130,77 +115,14 @@ def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dic
     metrics["peak_memory_mb"] = round(report.peak_memory_mb(), 1)
     metrics["total_seconds"] = round(time.perf_counter() - started, 2)
     if trainer.is_world_process_zero():
-        _leave(folder, trainer.best_model, dtype, tokenizer, metrics, answers, mistakes)
-    return _summary(metrics, folder)
 
+        def save(place: Path) -> None:
+            models.save(trainer.best_model, place, dtype)
+            tokenizer.save_pretrained(place)
 
-def _run_name(options: TrainOptions) -> str:
-    parts = [Path(options.dataset).name, Path(options.model).name, f"seed{options.seed}"]
-    return "-".join(map(report.slug, parts))
-
-
-def _record(options: TrainOptions, dataset: TextDataset) -> dict[str, Any]:
-    """What decides the weights, as JSON values: options and data."""
-    plain = json.loads(json.dumps(dataclasses.asdict(options), default=str))
-    essential = {name: value for name, value in plain.items() if name not in INCIDENTAL}
-    return essential | {"data_fingerprint": dataset.fingerprint()}
-
-
-def _open_run_folder(folder: Path, record: dict[str, Any], *, resume: bool) -> None:
-    """Make the run folder; keep what is in it if the run is to be resumed, else start clean."""
-    path, checkpoints = folder / OPTIONS_FILE, folder / "checkpoints"
-    if resume and path.is_file():
-        _check_same(record, path, folder)
-        if not _begun(checkpoints):
-            logger.warning("%s holds no whole checkpoint yet; starting anew", folder)
-        return
-    if resume:
-        logger.warning("there is no run to resume in %s; starting one", folder)
-    elif _begun(checkpoints):
-        logger.warning("an unfinished run in %s is discarded (--resume would continue it)", folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    _discard(checkpoints)
-    report.write_json(path, record)
-
-
-def _begun(checkpoints: Path) -> bool:
-    """Whether there is a whole checkpoint of any stage, or what a stage left."""
-    return any(last_checkpoint(stage) for stage in checkpoints.glob("*/")) or any(
-        checkpoints.glob("*.safetensors")
-    )
-
-
-def _check_same(record: dict[str, Any], path: Path, folder: Path) -> None:
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is damaged; start anew without --resume") from error
-    if not isinstance(before, dict):
-        raise UserError(f"{path} is damaged; start anew without --resume")
-    for name, value in record.items():
-        if before.get(name) != value:
-            raise UserError(
-                f"the run in {folder} has {name.replace('_', ' ')} {before.get(name)}, not {value};"
-                f" repeat its options to resume it, or give another --output-dir"
-            )
-
-
-def _finished(folder: Path, record: dict[str, Any]) -> dict[str, Any] | None:
-    """The summary of a run of these options that came to its end, None otherwise."""
-    try:
-        metrics = json.loads((folder / report.METRICS_FILE).read_text(encoding="utf-8"))
-        return _summary(metrics, folder) if metrics["options"] == record else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _discard(checkpoints: Path) -> None:
-    """Remove the checkpoints of a run; one that is half removed must not look whole."""
-    aside = checkpoints.with_name(".discarded")
-    shutil.rmtree(aside, ignore_errors=True)
-    if checkpoints.exists():
-        checkpoints.rename(aside)
-        shutil.rmtree(aside, ignore_errors=True)
+        pages = {} if mistakes is None else {report.MISTAKES_FILE: mistakes}
+        run_folder.leave(folder, metrics, answers, save, pages)
+    return run_folder.summary(metrics, folder)
 
 
 def _metrics(
@@ -227,7 +149,7 @@ def _metrics(
         "seed": options.seed,
         # What follows, up to the seconds, and the history are of the last stage.
         "epochs_run": round(trainer.state.epoch or 0),
-        "best_epoch": _best_epoch(trainer),
+        "best_epoch": run_folder.best_epoch(trainer),
         "steps": trainer.state.global_step,
         "train_seconds": round(sum(seconds.values()), 2),
         "stage_seconds": {stage: round(value, 2) for stage, value in seconds.items()},
@@ -302,12 +224,6 @@ def _train(
     return train("self-training", options.self_training_epochs, texts), seconds, ngram_scale
 
 
-def _best_epoch(trainer: TextTrainer) -> int | None:
-    step = trainer.state.best_global_step
-    epochs = [e["epoch"] for e in trainer.state.log_history if e["step"] == step]
-    return round(epochs[0]) if epochs else None
-
-
 def _mistakes(
     options: TrainOptions,
     dataset: TextDataset,
@@ -323,46 +239,3 @@ def _mistakes(
     return mistakes_html(
         model, tokenizer, part.texts, part.labels, probabilities, max_length=options.max_length
     )
-
-
-def _leave(
-    folder: Path,
-    model: PreTrainedModel,
-    dtype: torch.dtype,
-    tokenizer: PreTrainedTokenizerBase,
-    metrics: dict[str, Any],
-    answers: dict[str, np.ndarray],
-    mistakes: str | None,
-) -> None:
-    """Put the results into the run folder; metrics.json, written last, says that it is whole."""
-    aside = folder / ".saving"
-    shutil.rmtree(aside, ignore_errors=True)
-    models.save(model, aside, dtype)
-    tokenizer.save_pretrained(aside)
-    save_file(answers, aside / ANSWERS_FILE)
-    report.plot_curves(metrics["history"], aside / "curves.png")
-    matrix = metrics["test"]["confusion_matrix"]
-    report.plot_confusion(matrix, metrics["label_names"], aside / "confusion.png")
-    if mistakes is not None:
-        report.write_text(aside / report.MISTAKES_FILE, mistakes)
-    (aside / "README.md").write_text(report.model_card(metrics), encoding="utf-8")
-    for name in (report.METRICS_FILE, report.MISTAKES_FILE):
-        (folder / name).unlink(missing_ok=True)
-    report.move_files(aside, folder)
-    report.write_json(folder / report.METRICS_FILE, metrics)
-    _discard(folder / "checkpoints")
-    logger.info("the model, its metrics and plots are in %s", folder)
-    if mistakes is not None:
-        logger.info("its most confident mistakes: %s", folder / report.MISTAKES_FILE)
-
-
-def _summary(metrics: dict[str, Any], folder: Path) -> dict[str, Any]:
-    values = {
-        **metrics,
-        "validation_accuracy": metrics["validation"]["accuracy"],
-        "test_accuracy": metrics["test"]["accuracy"],
-        "test_macro_f1": metrics["test"]["macro_f1"],
-        "output_dir": str(folder),
-    }
-    summary = {name: values[name] for name in SUMMARY}
-    return summary | ({"notes": metrics["notes"]} if metrics["notes"] else {})

@@ -25,8 +25,8 @@ from nin_text.pretraining import LongEnoughTexts, TwoViewModel, choose_targets, 
 from nin_text.text import NiNTextForSequenceClassification
 from nin_text.training import (
     EncodedTexts,
+    RunTrainer,
     TextTrainer,
-    TokenTrainer,
     training_arguments,
 )
 
@@ -77,7 +77,7 @@ def pretrain(
     logger.info(
         "pretraining on %s texts: %s n-grams to predict", f"{len(texts):,}", f"{len(targets):,}"
     )
-    trainer = TokenTrainer(
+    trainer = RunTrainer(
         model=TwoViewModel(model.nin, targets),
         args=training_arguments(
             folder / "pretraining",

@@ -40,7 +40,8 @@ from nin_text.options import (
     TrainOptions,
 )
 from nin_text.report import METRICS_FILE, write_json
-from nin_text.runs import ANSWERS_FILE, OPTIONS_FILE, train_text
+from nin_text.run_folder import ANSWERS_FILE, OPTIONS_FILE
+from nin_text.runs import train_text
 from nin_text.tokenization import cached_tokenizer, encode, load_tokenizer
 
 BATCH_TOKENS = (4_096, 16_384, 65_536)  # what a network may put into one batch, padding included

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
@@ -26,7 +25,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple
 
 from nin_text.blocks import Dropout, MLPConv, Rows, max_pool_rows, pooling_weights
-from nin_text.configuration import MULTI_LABEL, NiNTextConfig
+from nin_text.configuration import NiNTextConfig
+from nin_text.modeling import classification_loss, he_initialization
 from nin_text.ngrams import NGramEvidence
 
 logger = logging.getLogger(__name__)
@@ -76,10 +76,7 @@ class NiNTextPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """He initialization, which keeps the variance through deep ReLU stacks.
-
-        The default of transformers, N(0, 0.02), makes a nine-layer ReLU network constant.
-        """
+        """He initialization but for the tables, whose rows are looked up."""
         if isinstance(module, NGramEvidence):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
@@ -87,13 +84,8 @@ class NiNTextPreTrainedModel(PreTrainedModel):
             nn.init.normal_(module.weight, std=1 / math.sqrt(module.embedding_dim))
             if module.padding_idx is not None:
                 nn.init.zeros_(module.weight[module.padding_idx])
-        elif isinstance(module, nn.LayerNorm):
-            nn.init.ones_(module.weight)
-            nn.init.zeros_(module.bias)
-        elif isinstance(module, (nn.Linear, nn.Conv1d)):
-            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+        else:
+            he_initialization(module)
 
 
 class NiNTextModel(NiNTextPreTrainedModel):
@@ -368,37 +360,6 @@ def _of_new_labels(config: NiNTextConfig) -> NiNTextConfig:
         config.class_weights = None
     config.label2id = {str(name): int(i) for i, name in (config.id2label or {}).items()}
     return config
-
-
-def classification_loss(
-    logits: Tensor,
-    labels: Tensor,
-    config: NiNTextConfig,
-    num_items_in_batch: Tensor | int | None = None,
-) -> Tensor:
-    """Cross-entropy, or one binary cross-entropy for each class if multi-label.
-
-    Class weights multiply each example's (or each class's) loss; the sum is divided by the number
-    of examples, so that accumulated gradients equal those of the whole batch.
-
-    Args:
-        logits: (B, K).
-        labels: (B,) integers; (B, K) probabilities; or (B, K) zeros and ones if multi-label.
-        config: gives `problem_type`, `class_weights` and `label_smoothing`.
-        num_items_in_batch: number of label values to divide by; this batch's if None.
-    """
-    items: Tensor | float = labels.numel() if num_items_in_batch is None else num_items_in_batch
-    weight = None if config.class_weights is None else logits.new_tensor(config.class_weights)
-    if config.problem_type == MULTI_LABEL:
-        loss = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none")
-        loss = (loss if weight is None else loss * weight).sum()
-    else:
-        loss = F.cross_entropy(
-            logits, labels, weight, reduction="sum", label_smoothing=config.label_smoothing
-        )
-        if labels.dim() == 2:  # K values for each example
-            items = items / labels.shape[1]
-    return loss / items
 
 
 AutoModel.register(NiNTextConfig, NiNTextModel, exist_ok=True)

@@ -1,6 +1,7 @@
 """One way to train: the Hugging Face Trainer, with batches bounded in tokens and averaged weights.
 
-NiN models and transformers go through the same code, so that a comparison compares models.
+NiN models for text and images and transformers go through the same code, so that a comparison
+compares models.
 """
 
 from __future__ import annotations
@@ -59,6 +60,11 @@ class EncodedTexts(Dataset):
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         return self.rows[i], self.labels[i]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each text."""
+        return [len(row) for row in self.rows]
 
 
 class TokenBatchSampler(Sampler[list[int]]):
@@ -229,24 +235,26 @@ class StopOnNaN(TrainerCallback):
             )
 
 
-class TokenTrainer(Trainer):
+class RunTrainer(Trainer):
     """Trainer with token-bounded batches, averaged weights and checkpoints that are whole.
 
     Args:
-        collate: makes a batch of a list of items of `train_dataset`.
-        batch_tokens: bound on the tokens of a batch; that on its texts is among the arguments.
+        collate: makes a batch of a list of items of `train_dataset`, or of what its `__getitems__`
+            returns for their indices.
+        batch_tokens: bound on the sum of the `lengths` of a batch; that on its items is among the
+            arguments.
         similar_lengths: see `TokenBatchSampler`.
         ema_decay: of the averaged weights; 0 for none.
         title: of the progress bar.
         rate_option: that sets the learning rate, for advice.
     """
 
-    train_dataset: Any  # with `rows`, the token ids of each item
+    train_dataset: Any  # with `lengths`, the tokens of each item
 
     def __init__(
         self,
         *,
-        collate: Callable[[list[Any]], dict[str, Tensor]],
+        collate: Callable[[Any], dict[str, Tensor]],
         batch_tokens: int,
         similar_lengths: bool = False,
         ema_decay: float = 0.0,
@@ -269,10 +277,11 @@ class TokenTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         if len(self.train_dataset) < self.args.world_size:
             raise UserError(
-                f"{len(self.train_dataset)} texts are too few for {self.args.world_size} processes"
+                f"{len(self.train_dataset)} examples are too few for {self.args.world_size} "
+                f"processes"
             )
         sampler = TokenBatchSampler(
-            [len(row) for row in self.train_dataset.rows],
+            self.train_dataset.lengths,
             self.batch_tokens,
             self.args.train_batch_size,
             seed=self.args.seed,
@@ -348,27 +357,20 @@ class TokenTrainer(Trainer):
         )
 
 
-class TextTrainer(TokenTrainer):
-    """Trains a classifier and judges it once an epoch by its averaged weights."""
+class ClassifierTrainer(RunTrainer):
+    """Trains a classifier and judges it once an epoch by its averaged weights.
+
+    Args:
+        patience: stop after this many epochs without a better validation score; None for never.
+    """
 
     model: PreTrainedModel
-    train_dataset: EncodedTexts
-    eval_dataset: EncodedTexts
+    eval_dataset: Any  # with `labels`
 
-    def __init__(self, *, pad_token_id: int, patience: int, **kwargs: Any) -> None:
-        self.pad_token_id = pad_token_id
-        super().__init__(collate=self.collate, **kwargs)
-        self.add_callback(Patience(early_stopping_patience=patience))
-
-    def collate(self, examples: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, torch.Tensor]:
-        """A padded batch with its labels."""
-        rows, labels = zip(*examples, strict=True)
-        input_ids, attention_mask = pad(rows, self.pad_token_id)
-        return {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "labels": torch.from_numpy(np.stack(labels)),
-        }
+    def __init__(self, *, patience: int | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if patience is not None:
+            self.add_callback(Patience(early_stopping_patience=patience))
 
     @property
     def best_model(self) -> PreTrainedModel:
@@ -377,20 +379,13 @@ class TextTrainer(TokenTrainer):
             return self.model
         return cast(PreTrainedModel, self.average.averaged.module)
 
-    def logits(self, dataset: EncodedTexts, progress: str | None = None) -> np.ndarray:
-        """(n, K) logits of `best_model`."""
-        return predict_logits(
-            self.best_model,
-            dataset.rows,
-            pad_token_id=self.pad_token_id,
-            batch_tokens=2 * self.batch_tokens,
-            autocast=torch.bfloat16 if self.args.bf16 else None,
-            progress=progress,
-        )
+    def logits(self, dataset: Any, progress: str | None = None) -> np.ndarray:
+        """(n, K) logits of `best_model`; `progress` is the title of a bar."""
+        raise NotImplementedError
 
-    def evaluate(  # type: ignore[override]
+    def evaluate(
         self,
-        eval_dataset: EncodedTexts | None = None,
+        eval_dataset: Any = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
@@ -413,6 +408,38 @@ class TextTrainer(TokenTrainer):
             self.args, self.state, self.control, metrics
         )
         return metrics
+
+
+class TextTrainer(ClassifierTrainer):
+    """A `ClassifierTrainer` for texts, padded to the longest of a batch."""
+
+    train_dataset: EncodedTexts
+    eval_dataset: EncodedTexts
+
+    def __init__(self, *, pad_token_id: int, **kwargs: Any) -> None:
+        self.pad_token_id = pad_token_id
+        super().__init__(collate=self.collate, **kwargs)
+
+    def collate(self, examples: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, torch.Tensor]:
+        """A padded batch with its labels."""
+        rows, labels = zip(*examples, strict=True)
+        input_ids, attention_mask = pad(rows, self.pad_token_id)
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "labels": torch.from_numpy(np.stack(labels)),
+        }
+
+    def logits(self, dataset: EncodedTexts, progress: str | None = None) -> np.ndarray:
+        """(n, K) logits of `best_model`."""
+        return predict_logits(
+            self.best_model,
+            dataset.rows,
+            pad_token_id=self.pad_token_id,
+            batch_tokens=2 * self.batch_tokens,
+            autocast=torch.bfloat16 if self.args.bf16 else None,
+            progress=progress,
+        )
 
 
 def shared_arguments(options: TrainOptions, device: torch.device) -> dict[str, Any]:
@@ -496,6 +523,7 @@ def training_arguments(
     device: torch.device,
     find_unused_parameters: bool,
     evaluate: bool = True,
+    compile: bool = False,  # noqa: A002
 ) -> TrainingArguments:
     """The Trainer's arguments for a run: save once an epoch, and evaluate if asked to.
 
@@ -515,6 +543,7 @@ def training_arguments(
         max_grad_norm=1.0,
         seed=seed,
         bf16=bf16,
+        torch_compile=compile,
         use_cpu=device.type == "cpu",
         eval_strategy="epoch" if evaluate else "no",
         save_strategy="epoch",

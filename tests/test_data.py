@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nin_text.data import KNOWN, load_split, load_text_dataset, stratified
+from nin_text.data import KNOWN, load_split, load_text_dataset
 from nin_text.errors import UserError
+from nin_text.splits import stratified
 
 
 def frame(n: int, start: int = 0, labels: tuple = (0, 1)) -> pd.DataFrame:

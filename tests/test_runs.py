@@ -18,9 +18,10 @@ from nin_text import load, load_text_dataset, ngrams
 from nin_text.errors import UserError
 from nin_text.evaluation import predict_logits, softmax
 from nin_text.options import TrainOptions
-from nin_text.runs import ANSWERS_FILE, train_text
+from nin_text.run_folder import ANSWERS_FILE
+from nin_text.runs import train_text
 from nin_text.tokenization import encode
-from nin_text.training import TokenTrainer
+from nin_text.training import RunTrainer
 
 QUICK = {"model": "nin-text-small", "limit": 200, "epochs": 2, "quiet": True}
 
@@ -77,7 +78,7 @@ def test_a_run_killed_while_its_checkpoints_are_removed_is_finished(
 ) -> None:
     options = {**QUICK, "output_dir": tmp_path / "run"}
     with monkeypatch.context() as patch:
-        patch.setattr("nin_text.runs._discard", lambda path: None)
+        patch.setattr("nin_text.run_folder.discard", lambda path: None)
         first = train_text(TrainOptions(**options))
     assert (tmp_path / "run" / "checkpoints").exists()
     assert train_text(TrainOptions(**options, resume=True)) == first
@@ -142,7 +143,7 @@ def test_a_run_interrupted_in_any_stage_ends_with_the_same_weights(
     whole = train_text(TrainOptions(**options, output_dir=tmp_path / "whole"))
     stages = json.loads((tmp_path / "whole" / "metrics.json").read_text())["stage_seconds"]
     assert list(stages) == ["pretraining", "training", "self-training"]
-    save, saved = TokenTrainer._save_checkpoint, []
+    save, saved = RunTrainer._save_checkpoint, []
 
     def save_and_stop(self, *args):
         save(self, *args)
@@ -151,7 +152,7 @@ def test_a_run_interrupted_in_any_stage_ends_with_the_same_weights(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(TokenTrainer, "_save_checkpoint", save_and_stop)
+        patch.setattr(RunTrainer, "_save_checkpoint", save_and_stop)
         with pytest.raises(KeyboardInterrupt):
             train_text(TrainOptions(**options, output_dir=tmp_path / "stopped"))
     resumed = train_text(TrainOptions(**options, output_dir=tmp_path / "stopped", resume=True))

@@ -1,0 +1,534 @@
+"""From `--dataset` to images, labels and splits: built-in, known names, files, folders, hub ids."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import logging
+import os
+import pickle
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from nin_text.data import load_from_hub
+from nin_text.errors import UserError
+from nin_text.readers import SPLIT_NAMES
+from nin_text.splits import announce, finish_splits, stratified
+
+logger = logging.getLogger(__name__)
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+IMAGE_COLUMNS = ("image", "img")
+LABEL_COLUMNS = ("label", "fine_label", "labels")
+LARGEST_OWN_SIZE = DEFAULT_SIZE = 64  # pixels
+DIGITS_TEST_SHARE = 0.2
+
+
+@dataclass(frozen=True)
+class Known:
+    """A well-known data set: its id on the hub, and its class names by index (None: as found)."""
+
+    hub_id: str
+    labels: tuple[str, ...] | None
+    configuration: str | None = None
+
+
+KNOWN = {
+    "mnist": Known("ylecun/mnist", tuple("0123456789")),
+    "fashion_mnist": Known(
+        "zalando-datasets/fashion_mnist",
+        (
+            *("T-shirt/top", "trouser", "pullover", "dress", "coat"),
+            *("sandal", "shirt", "sneaker", "bag", "ankle boot"),
+        ),
+    ),
+    "cifar10": Known(
+        "uoft-cs/cifar10",
+        tuple("airplane automobile bird cat deer dog frog horse ship truck".split()),
+    ),
+    "cifar100": Known("uoft-cs/cifar100", None),
+    "svhn": Known("ufldl-stanford/svhn", tuple("0123456789"), "cropped_digits"),
+}
+BUILT_IN = "digits"
+
+
+@dataclass
+class ImageSplit:
+    """Images and their label indices.
+
+    Attributes:
+        images: (n, H, W, C) uint8.
+        labels: n class indices.
+    """
+
+    images: np.ndarray
+    labels: list[int]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: Sequence[int]) -> ImageSplit:
+        return ImageSplit(self.images[list(indices)], [self.labels[i] for i in indices])
+
+
+@dataclass
+class ImageDataset:
+    """A labelled image data set; the attributes are those of `data.TextDataset`."""
+
+    name: str
+    source: str
+    label_names: list[str]
+    splits: dict[str, ImageSplit]
+    notes: list[str] = field(default_factory=list)
+
+    def fingerprint(self) -> str:
+        """A hash of every image and label of every split, in order."""
+        digest = hashlib.sha256()
+        for split in sorted(self.splits):
+            part = self.splits[split]
+            digest.update(f"{split}\0{part.images.shape}\0{part.labels}\0".encode())
+            digest.update(np.ascontiguousarray(part.images).data)
+        return digest.hexdigest()[:16]
+
+
+# Images, of one size (n, H, W, C) or of many (H, W, C) each, and their label indices.
+Splits = dict[str, tuple[np.ndarray | list[np.ndarray], list[int]]]
+
+
+@dataclass
+class Found:
+    """What a reader finds: splits of uint8 images, and class names if any."""
+
+    splits: Splits
+    label_names: Sequence[str] | None = None
+
+
+def load_image_dataset(
+    name: str,
+    *,
+    data_dir: Path | None = None,
+    image_size: int | None = None,
+    limit: int | None = None,
+) -> ImageDataset:
+    """Find and read a data set, bring its images to one size, and make the splits that it lacks.
+
+    Args:
+        name: "digits" (1,797 images of 8x8 pixels that scikit-learn brings), a known name, a folder
+            or a hub id.
+        data_dir: the first folder in which known names are looked for; then $NIN_TEXT_DATA, data/.
+        image_size: height and width to scale to. None for their own if all are equally large
+            squares of at most 64 pixels, else 64; images that are no squares are stretched.
+        limit: keep this many examples of each split, drawn with a fixed seed.
+
+    Raises:
+        UserError: whatever is wrong with the data, in one sentence.
+    """
+    source, found = _find(name, data_dir)
+    if "train" not in found.splits:
+        raise UserError(f"{source} has no training images")
+    notes: list[str] = []
+    splits = {}
+    size = image_size or _own_size(found)
+    grey = all(image.shape[-1] == 1 for images, _ in found.splits.values() for image in images)
+    for split, (images, labels) in found.splits.items():
+        if len(images) != len(labels):
+            raise UserError(f"{source} has {len(images)} images and {len(labels)} labels ({split})")
+        splits[split] = ImageSplit(_of_one_size(images, size, grey, split), labels)
+    most = 1 + max((max(part.labels, default=-1) for part in splits.values()), default=-1)
+    names = [str(label) for label in found.label_names or range(most)]
+    if most > len(names) or min(min(part.labels, default=0) for part in splits.values()) < 0:
+        raise UserError(f"{source} has labels that are not among its {len(names)} classes")
+    splits = finish_splits(splits, names, notes, limit)
+    announce(name, source, names, splits, notes)
+    return ImageDataset(name, source, names, splits, notes)
+
+
+def _find(name: str, data_dir: Path | None) -> tuple[str, Found]:
+    """Where a data set was found, in words, and what was found there."""
+    if name == BUILT_IN:
+        return "scikit-learn", _read_digits()
+    if name in KNOWN:
+        known = KNOWN[name]
+        folders = [data_dir, os.environ.get("NIN_TEXT_DATA"), "data"]
+        places = [Path(folder) / name for folder in folders if folder]
+        for place in places:
+            if place.is_dir():
+                found = read_folder(place)
+                found.label_names = found.label_names or known.labels
+                return str(place), found
+        found = _from_hub(known.hub_id, [str(place) for place in places], known.configuration)
+        found.label_names = found.label_names or known.labels
+        return f"hub:{known.hub_id}", found
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path), read_folder(path)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise UserError(
+            f"there is no data set {name!r}: it is not a folder, not a hub id (owner/name), and "
+            f"not one of {', '.join([BUILT_IN, *KNOWN])}"
+        )
+    return f"hub:{name}", _from_hub(name, [], None)
+
+
+def _read_digits() -> Found:
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    images = np.round(data.images * (255 / 16)).astype(np.uint8)[..., None]  # (n, 8, 8, 1)
+    everything = ImageSplit(images, data.target.tolist())
+    test, train = stratified(everything.labels, round(DIGITS_TEST_SHARE * len(everything)))
+    parts = {"train": everything.take(train), "test": everything.take(test)}
+    return Found({split: (part.images, part.labels) for split, part in parts.items()}, "0123456789")
+
+
+# ---- sizes -------------------------------------------------------------------------------------
+
+
+def _own_size(found: Found) -> int:
+    shapes = {image.shape[:2] for images, _ in found.splits.values() for image in images}
+    height, width = next(iter(shapes), (0, 1))
+    own = len(shapes) == 1 and height == width <= LARGEST_OWN_SIZE
+    return height if own else DEFAULT_SIZE
+
+
+def _of_one_size(
+    images: np.ndarray | list[np.ndarray], size: int, grey: bool, split: str
+) -> np.ndarray:
+    """(n, size, size, C) uint8, with one channel or three."""
+    channels = 1 if grey else 3
+    if isinstance(images, np.ndarray) and images.shape[1:] == (size, size, channels):
+        return images
+    scaled = np.empty((len(images), size, size, channels), dtype=np.uint8)
+    bar = tqdm(images, desc=f"scaling {split}", unit="images", leave=False, disable=None)
+    for i, image in enumerate(bar):
+        if image.shape[:2] != (size, size):
+            from PIL import Image
+
+            picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+            image = np.asarray(picture.resize((size, size), Image.Resampling.BILINEAR))
+            image = image[..., None] if image.ndim == 2 else image
+        scaled[i] = image  # a single channel is repeated
+    return scaled
+
+
+def decode(data: bytes | Path, name: str) -> np.ndarray:
+    """(H, W, C) uint8 of an encoded image: one channel if it is grey, else RGB.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(data if isinstance(data, Path) else io.BytesIO(data)) as picture:
+            grey = picture.mode in ("1", "L")
+            pixels = np.asarray(picture.convert("L" if grey else "RGB"))
+    except Exception as error:  # of many types, one for each format
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{name} is no readable image ({reason}); remove or replace it") from error
+    return pixels[..., None] if grey else pixels
+
+
+# ---- folders -----------------------------------------------------------------------------------
+
+
+def read_folder(folder: Path) -> Found:
+    """Read a folder in any of the layouts that `data/README.md` lists.
+
+    Raises:
+        UserError: if there is none of them, or a file is damaged.
+    """
+    files = dict(_files(folder))
+    for read in (_read_idx, _read_cifar_binary, _read_cifar_pickles, _read_mat, _read_parquet):
+        try:
+            splits = read(files)
+        except UserError:
+            raise
+        except Exception as error:  # whatever a damaged file provokes
+            reason = " ".join(str(error).split())[:160]
+            raise UserError(f"the image files in {folder} cannot be read ({reason})") from error
+        if splits is not None:
+            return splits
+    if (folder / "dataset_dict.json").is_file():
+        import datasets
+
+        return _from_datasets(datasets.load_from_disk(str(folder)), str(folder))
+    return _read_class_folders(folder)
+
+
+def _files(folder: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
+    """Names of the files in a folder, in its subfolders and archives, and what reads each.
+
+    Archives are read in place: nothing is extracted, so a name in one cannot point anywhere.
+    """
+    for path in sorted([*folder.iterdir(), *folder.glob("cifar-*/*")]):
+        if path.name.endswith((".tar.gz", ".tgz", ".tar")):
+            yield from _members(path)
+        elif path.is_file():
+            name = path.name.removesuffix(".gz")
+            yield name, (partial(_gunzip, path) if name != path.name else path.read_bytes)
+
+
+def _members(archive: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
+    def read(member: tarfile.TarInfo) -> bytes:
+        with tarfile.open(archive) as file:
+            content = file.extractfile(member)
+            return b"" if content is None else content.read()
+
+    try:
+        with tarfile.open(archive) as file:
+            members = [member for member in file.getmembers() if member.isfile()]
+    except (OSError, EOFError, tarfile.TarError) as error:
+        raise UserError(f"{archive} is damaged ({error}); download it again") from error
+    for member in members:
+        yield Path(member.name).name, partial(read, member)
+
+
+def _gunzip(path: Path) -> bytes:
+    try:
+        return gzip.decompress(path.read_bytes())
+    except (OSError, EOFError) as error:
+        raise UserError(f"{path} is damaged ({error}); download it again") from error
+
+
+Files = dict[str, Callable[[], bytes]]
+
+
+def _read_idx(files: Files) -> Found | None:
+    """MNIST's own format (LeCun et al. 1998): a header of big-endian sizes, then the bytes."""
+    names = {"train": "train", "test": "t10k"}
+    if f"{names['train']}-images-idx3-ubyte" not in files:
+        return None
+    splits: Splits = {}
+    for split, name in names.items():
+        if f"{name}-images-idx3-ubyte" in files:
+            images = _idx(files, f"{name}-images-idx3-ubyte", 3)
+            labels = _idx(files, f"{name}-labels-idx1-ubyte", 1)
+            splits[split] = (images[..., None], labels.tolist())
+    return Found(splits)
+
+
+def _idx(files: Files, name: str, dims: int) -> np.ndarray:
+    if name not in files:
+        raise UserError(f"the file {name} is missing beside the others")
+    data = files[name]()
+    shape = tuple(int(size) for size in np.frombuffer(data[4 : 4 + 4 * dims], ">u4"))
+    values = np.frombuffer(data, np.uint8, offset=min(len(data), 4 + 4 * dims))
+    if data[:4] != bytes((0, 0, 8, dims)) or len(shape) != dims or values.size != np.prod(shape):
+        raise UserError(f"{name} is damaged or cut short; download it again")
+    return values.reshape(shape)
+
+
+def _read_cifar_binary(files: Files) -> Found | None:
+    """The "binary version": records of one label byte (CIFAR-100: coarse, fine) and 3,072 bytes."""
+    ten = {
+        "train": [name for name in sorted(files) if name.startswith("data_batch_")],
+        "test": ["test_batch.bin"],
+    }
+    ten["train"] = [name for name in ten["train"] if name.endswith(".bin")]
+    hundred = {"train": ["train.bin"], "test": ["test.bin"]}
+    for parts, label_bytes in ((ten, 1), (hundred, 2)):
+        if not parts["train"] or parts["train"][0] not in files:
+            continue
+        splits: Splits = {}
+        for split, names in parts.items():
+            data = b"".join(files[name]() for name in names if name in files)
+            if not data:
+                continue
+            if len(data) % (label_bytes + 3072):
+                raise UserError(f"{names[0]} is cut short; download it again")
+            records = np.frombuffer(data, np.uint8).reshape(-1, label_bytes + 3072)
+            labels = records[:, label_bytes - 1].tolist()
+            splits[split] = (_planes(records[:, label_bytes:]), labels)
+        names_file = "batches.meta.txt" if label_bytes == 1 else "fine_label_names.txt"
+        label_names = files[names_file]().decode().split() if names_file in files else None
+        return Found(splits, label_names)
+    return None
+
+
+def _planes(values: np.ndarray) -> np.ndarray:
+    """(n, 3072) red, green and blue planes to (n, 32, 32, 3)."""
+    return np.ascontiguousarray(values.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Reads pickles of dicts, lists, strings and arrays, and refuses everything else.
+
+    CIFAR's "Python version" is pickled. A pickle may name any function and have it called; here it
+    can name only what an array is made of.
+    """
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("_codecs", "encode"):
+            import codecs
+
+            return codecs.encode
+        if module.startswith("numpy") and name == "_reconstruct":
+            from numpy._core import multiarray
+
+            return getattr(multiarray, name)
+        if module == "numpy" and name in ("ndarray", "dtype"):
+            return getattr(np, name)
+        raise UserError(f"a batch file asks for {module}.{name}, which no image file needs")
+
+
+def _read_cifar_pickles(files: Files) -> Found | None:
+    """The "Python version": pickled dicts of planes and labels."""
+    ten = {
+        "train": [f"data_batch_{i}" for i in range(1, 6) if f"data_batch_{i}" in files],
+        "test": ["test_batch"],
+    }
+    hundred = {"train": ["train"], "test": ["test"]}
+    for parts, key, meta, names_key in (
+        (ten, b"labels", "batches.meta", b"label_names"),
+        (hundred, b"fine_labels", "meta", b"fine_label_names"),
+    ):
+        if not parts["train"] or parts["train"][0] not in files:
+            continue
+        splits: Splits = {}
+        for split, names in parts.items():
+            batches = [_unpickle(files, name) for name in names if name in files]
+            if batches:
+                values = np.concatenate([batch[b"data"] for batch in batches])
+                labels = [int(label) for batch in batches for label in batch[key]]
+                splits[split] = (_planes(values.astype(np.uint8)), labels)
+        label_names = None
+        if meta in files:
+            label_names = [name.decode() for name in _unpickle(files, meta)[names_key]]
+        return Found(splits, label_names)
+    return None
+
+
+def _unpickle(files: Files, name: str) -> Any:
+    return _ArrayUnpickler(io.BytesIO(files[name]()), encoding="bytes").load()
+
+
+def _read_mat(files: Files) -> Found | None:
+    """SVHN's cropped digits: X of (32, 32, 3, n), and y, which says 10 for the digit 0."""
+    if "train_32x32.mat" not in files:
+        return None
+    from scipy.io import loadmat
+
+    splits: Splits = {}
+    for split in ("train", "test"):
+        if f"{split}_32x32.mat" in files:
+            data = loadmat(io.BytesIO(files[f"{split}_32x32.mat"]()))
+            images = np.ascontiguousarray(data["X"].transpose(3, 0, 1, 2))
+            splits[split] = (images, (data["y"].ravel().astype(int) % 10).tolist())
+    return Found(splits)
+
+
+def _read_parquet(files: Files) -> Found | None:
+    """Tables as the hub keeps them: encoded images (a struct of bytes and path) and labels."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    splits: Splits = {}
+    for split in ("train", "validation", "test"):
+        names = [
+            name
+            for name in sorted(files)
+            if name.endswith(".parquet") and name.startswith(SPLIT_NAMES[split])
+        ]
+        if not names:
+            continue
+        table = pa.concat_tables([pq.read_table(pa.BufferReader(files[name]())) for name in names])
+        image = _column(table.column_names, IMAGE_COLUMNS, names[0])
+        label = _column(table.column_names, LABEL_COLUMNS, names[0])
+        cells = table[image].to_pylist()
+        bar = tqdm(cells, desc=f"reading {split}", unit="images", leave=False, disable=None)
+        images = [
+            decode(cell["bytes"] if isinstance(cell, dict) else cell, f"row {i + 1} of {names[0]}")
+            for i, cell in enumerate(bar)
+        ]
+        splits[split] = (images, [int(value) for value in table[label].to_pylist()])
+    return Found(splits) if splits else None
+
+
+def _column(names: Sequence[str], wanted: Sequence[str], place: str) -> str:
+    for name in wanted:
+        if name in names:
+            return name
+    raise UserError(f"{place} has no column named {' or '.join(wanted)}, only {', '.join(names)}")
+
+
+def _read_class_folders(folder: Path) -> Found:
+    """train/<class>/*.png and test/<class>/*.png, or <class>/*.png alone."""
+    parts = {
+        split: folder / name
+        for split in ("train", "validation", "test")
+        for name in SPLIT_NAMES[split]
+        if (folder / name).is_dir()
+    }
+    parts = parts or {"train": folder}
+    root = parts.get("train", folder)
+    names = sorted(path.name for path in root.iterdir() if path.is_dir() and path.name[0] != ".")
+    splits: Splits = {}
+    for split, part in parts.items():
+        paths = [
+            path
+            for path in sorted(part.glob("*/*"))
+            if path.suffix.lower() in SUFFIXES and path.name[0] != "."
+        ]
+        strange = sorted({path.parent.name for path in paths} - set(names))
+        if strange:
+            raise UserError(f"{part} has classes that {root} lacks: {', '.join(strange[:10])}")
+        bar = tqdm(paths, desc=f"reading {split}", unit="images", leave=False, disable=None)
+        images = [decode(path, str(path)) for path in bar]
+        splits[split] = (images, [names.index(path.parent.name) for path in paths])
+    if not splits["train"][1]:
+        raise UserError(
+            f"{folder} holds no images: give a folder with one subfolder of images "
+            f"({', '.join(SUFFIXES[:3])}, ...) for each class, or see data/README.md"
+        )
+    return Found(splits, names)
+
+
+# ---- the hub -----------------------------------------------------------------------------------
+
+
+def _from_hub(hub_id: str, places: list[str], configuration: str | None) -> Found:
+    advice = (
+        f"looked in {', '.join(places)}; put the files of the data set there (data/README.md lists "
+        f"the layouts), or name the folder above it with --data-dir or NIN_TEXT_DATA"
+        if places
+        else "give the path of a local copy"
+    )
+    return _from_datasets(load_from_hub(hub_id, advice, configuration), f"hub:{hub_id}")
+
+
+def _from_datasets(loaded: Any, source: str) -> Found:
+    """A `datasets.Dataset` or `DatasetDict` with a column of images."""
+    import datasets
+
+    parts = loaded if isinstance(loaded, dict) else {"train": loaded}
+    splits: Splits = {}
+    label_names: Sequence[str] | None = None
+    for split in ("train", "validation", "test"):
+        for name in SPLIT_NAMES[split]:
+            if name not in parts or split in splits:
+                continue
+            part = parts[name]
+            image = _column(part.column_names, IMAGE_COLUMNS, source)
+            label = _column(part.column_names, LABEL_COLUMNS, source)
+            feature = part.features[label]
+            if isinstance(feature, datasets.ClassLabel):
+                label_names = list(feature.names)
+            part = part.cast_column(image, datasets.Image(decode=False))
+            bar = tqdm(part, desc=f"reading {split}", unit="images", leave=False, disable=None)
+            images, labels = [], []
+            for i, row in enumerate(bar):
+                cell = row[image]
+                data = cell["bytes"] if cell["bytes"] is not None else Path(cell["path"])
+                images.append(decode(data, f"row {i + 1} of {source}"))
+                labels.append(int(row[label]))
+            splits[split] = (images, labels)
+    return Found(splits, label_names)

@@ -1,0 +1,198 @@
+"""Train an image classifier from options to a finished run folder."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from transformers import ViTImageProcessorPil, set_seed
+
+from nin_text import report, run_folder
+from nin_text.configuration import NiNImageConfig
+from nin_text.device import keep_freed_memory, pick_device, use_bf16
+from nin_text.errors import UserError
+from nin_text.evaluation import classification_metrics, softmax
+from nin_text.image import NiNImageForImageClassification, map_size
+from nin_text.image_data import ImageDataset, load_image_dataset
+from nin_text.image_options import ImageTrainOptions, with_image_recipe
+from nin_text.image_page import class_maps_html, most_confident_mistakes
+from nin_text.image_training import ImageTensors, ImageTrainer, image_trainer
+from nin_text.options import check
+
+logger = logging.getLogger(__name__)
+
+
+def train_image(options: ImageTrainOptions, dataset: ImageDataset | None = None) -> dict[str, Any]:
+    """Train an image classifier and leave everything about it in a run folder.
+
+    Args:
+        options: see `ImageTrainOptions`; what is None is filled in by the recipe.
+        dataset: the data, if it has been read already.
+
+    Returns:
+        The summary that `scripts/train_image.py` prints; the folder's metrics.json has the rest.
+
+    Raises:
+        UserError: whatever the user can mend, in one sentence.
+    """
+    started = time.perf_counter()
+    check(options)
+    options = with_image_recipe(options)
+    if dataset is None:
+        dataset = load_image_dataset(options.dataset, **options.arguments())
+    device = pick_device(options.device)
+    folder = run_folder.folder_of(options)
+    record = run_folder.essentials(options, dataset.fingerprint())
+    if options.resume and (finished := run_folder.finished_run(folder, record)) is not None:
+        logger.info("%s is a finished run; nothing is left to do", folder)
+        return finished
+    keep_freed_memory()
+    set_seed(options.seed)
+    model = build_image_model(options, dataset)
+    # Of several processes (torchrun), one prepares the folder, while the others wait.
+    processes = PartialState(cpu=device.type == "cpu")
+    if processes.is_main_process:
+        run_folder.open_run_folder(folder, record, resume=options.resume)
+    processes.wait_for_everyone()
+    tensors = {split: ImageTensors(part, device) for split, part in dataset.splits.items()}
+    logger.info(
+        "%s: %s parameters, images of %d pixels a side, on %s",
+        options.model,
+        f"{sum(p.numel() for p in model.parameters()):,}",
+        model.config.image_size,
+        device,
+    )
+    trainer = image_trainer(
+        model,
+        options,
+        folder / "checkpoints" / "training",
+        tensors["train"],
+        tensors["validation"],
+        bf16=use_bf16(options.precision, device),
+        device=device,
+    )
+    try:
+        trainer.train_or_resume()
+    except KeyboardInterrupt:
+        logger.error("stopped; the same command with --resume goes on from the last whole epoch")
+        raise
+    metrics = _metrics(options, dataset, record, trainer)
+    answers = {}
+    for split in ("validation", "test"):
+        clock = time.perf_counter()
+        logits = trainer.logits(tensors[split], progress=f"evaluating {split}")
+        seconds = round(time.perf_counter() - clock, 2)
+        truth = dataset.splits[split].labels
+        metrics[split] = classification_metrics(logits, truth, dataset.label_names)
+        metrics[split]["seconds"] = seconds
+        answers[split] = softmax(logits).astype(np.float32)
+    metrics["peak_memory_mb"] = round(report.peak_memory_mb(), 1)
+    metrics["total_seconds"] = round(time.perf_counter() - started, 2)
+    if trainer.is_world_process_zero():
+        best = trainer.best_model
+        pages = _pages(options, dataset, best, answers)
+
+        def save(place: Path) -> None:
+            best.save_pretrained(place)
+            side = best.config.image_size
+            # The model normalizes by itself; what libraries read is scaled to its size.
+            ViTImageProcessorPil(
+                size={"height": side, "width": side}, do_normalize=False
+            ).save_pretrained(place)
+
+        run_folder.leave(folder, metrics, answers, save, pages)
+    return run_folder.summary(metrics, folder)
+
+
+def build_image_model(
+    options: ImageTrainOptions, dataset: ImageDataset
+) -> NiNImageForImageClassification:
+    """A fresh classifier for a data set, its input normalization fitted to the training images.
+
+    Args:
+        options: with the recipe filled in.
+        dataset: gives the size of the images and the classes.
+
+    Raises:
+        UserError: if the options do not fit the images.
+    """
+    images = dataset.splits["train"].images
+    names = dataset.label_names
+    overrides = {
+        "image_size": images.shape[1],
+        "num_channels": images.shape[3],
+        "hidden_dropout": options.dropout,
+        "label_smoothing": options.label_smoothing,
+        "shift": options.shift,
+        "flip": options.flip,
+        "erase": options.erase,
+    }
+    try:
+        config = NiNImageConfig.from_preset(
+            options.model,
+            num_labels=len(names),
+            id2label=dict(enumerate(names)),
+            label2id={name: i for i, name in enumerate(names)},
+            **{name: value for name, value in overrides.items() if value is not None},
+        )
+    except Exception as error:  # of huggingface_hub's validation, or ours
+        raise UserError(
+            f"{options.model} cannot be built: {' '.join(str(error).split())}"
+        ) from error
+    model = NiNImageForImageClassification(config)
+    if map_size(config) == 1:
+        logger.warning("the class maps are a single pixel: these images are small for the network")
+    model.normalization.fit(torch.from_numpy(images))
+    return model
+
+
+def _metrics(
+    options: ImageTrainOptions,
+    dataset: ImageDataset,
+    record: dict[str, Any],
+    trainer: ImageTrainer,
+) -> dict[str, Any]:
+    """Everything about a run but the quality of its answers."""
+    return {
+        "dataset": options.dataset,
+        "data_source": dataset.source,
+        "data_fingerprint": record["data_fingerprint"],
+        "notes": dataset.notes,
+        "label_names": dataset.label_names,
+        "train_examples": len(dataset.splits["train"]),
+        "model": options.model,
+        "architecture": type(trainer.model).__name__,
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "seed": options.seed,
+        "epochs_run": round(trainer.state.epoch or 0),
+        "best_epoch": run_folder.best_epoch(trainer),
+        "steps": trainer.state.global_step,
+        "train_seconds": round(trainer.seconds, 2),
+        "precision": "bf16" if trainer.args.bf16 else "fp32",
+        "command": report.command(),
+        "options": record,
+        "environment": report.environment(trainer.args.device),
+        "history": trainer.state.log_history,
+    }
+
+
+def _pages(
+    options: ImageTrainOptions,
+    dataset: ImageDataset,
+    model: Any,
+    answers: dict[str, np.ndarray],
+) -> dict[str, str]:
+    """Pages of class maps: the most confident mistakes, and test images if they are asked for."""
+    validation, test = dataset.splits["validation"], dataset.splits["test"]
+    wrong = most_confident_mistakes(answers["validation"], validation.labels)
+    title = f"Most confident mistakes on the validation split of {options.dataset}"
+    pages = {report.MISTAKES_FILE: class_maps_html(model, validation.take(wrong), title)}
+    if options.explain:
+        title = f"Class maps of test images of {options.dataset}"
+        pages[report.CLASS_MAPS_FILE] = class_maps_html(model, test, title)
+    return pages

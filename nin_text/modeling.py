@@ -1,0 +1,56 @@
+"""What the text and the image models share beside the blocks: first weights, and the loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nin_text.configuration import MULTI_LABEL
+
+
+def he_initialization(module: nn.Module) -> None:
+    """He initialization, which keeps the variance through deep ReLU stacks.
+
+    The default of transformers, N(0, 0.02), makes a nine-layer ReLU network constant. Through
+    `nn.init`, which leaves alone what `from_pretrained` has already loaded.
+    """
+    if isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
+        nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def classification_loss(
+    logits: Tensor,
+    labels: Tensor,
+    config: Any,
+    num_items_in_batch: Tensor | int | None = None,
+) -> Tensor:
+    """Cross-entropy, or one binary cross-entropy for each class if multi-label.
+
+    Class weights multiply each example's (or each class's) loss; the sum is divided by the number
+    of examples, so that accumulated gradients equal those of the whole batch.
+
+    Args:
+        logits: (B, K).
+        labels: (B,) integers; (B, K) probabilities; or (B, K) zeros and ones if multi-label.
+        config: gives `problem_type`, `class_weights` and `label_smoothing`.
+        num_items_in_batch: number of label values to divide by; this batch's if None.
+    """
+    items: Tensor | float = labels.numel() if num_items_in_batch is None else num_items_in_batch
+    weight = None if config.class_weights is None else logits.new_tensor(config.class_weights)
+    if config.problem_type == MULTI_LABEL:
+        loss = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none")
+        loss = (loss if weight is None else loss * weight).sum()
+    else:
+        loss = F.cross_entropy(
+            logits, labels, weight, reduction="sum", label_smoothing=config.label_smoothing
+        )
+        if labels.dim() == 2:  # K values for each example
+            items = items / labels.shape[1]
+    return loss / items

@@ -1,0 +1,155 @@
+"""The folder of a run, of texts or images: opened, resumed, and filled with the results."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from nin_text import report
+from nin_text.errors import UserError
+from nin_text.training import ClassifierTrainer, last_checkpoint
+
+logger = logging.getLogger(__name__)
+
+OPTIONS_FILE = "options.json"
+ANSWERS_FILE = "answers.safetensors"  # class probabilities (n, K) of "validation" and "test"
+# Options that do not change what is trained: a resumed run may differ in them.
+INCIDENTAL = {"data_dir", "device", "explain", "output_dir", "quiet", "resume", "verbose"}
+SUMMARY = (
+    "dataset model seed parameters validation_accuracy test_accuracy test_macro_f1 train_seconds "
+    "peak_memory_mb output_dir"
+).split()
+
+
+def folder_of(options: Any) -> Path:
+    """The run folder that options name, or would have."""
+    parts = [Path(options.dataset).name, Path(options.model).name, f"seed{options.seed}"]
+    return options.output_dir or Path("runs") / "-".join(map(report.slug, parts))
+
+
+def essentials(options: Any, data_fingerprint: str) -> dict[str, Any]:
+    """What decides the weights, as JSON values: options and data."""
+    plain = json.loads(json.dumps(dataclasses.asdict(options), default=str))
+    essential = {name: value for name, value in plain.items() if name not in INCIDENTAL}
+    return essential | {"data_fingerprint": data_fingerprint}
+
+
+def open_run_folder(folder: Path, record: dict[str, Any], *, resume: bool) -> None:
+    """Make the run folder; keep what is in it if the run is to be resumed, else start clean."""
+    path, checkpoints = folder / OPTIONS_FILE, folder / "checkpoints"
+    if resume and path.is_file():
+        _check_same(record, path, folder)
+        if not _begun(checkpoints):
+            logger.warning("%s holds no whole checkpoint yet; starting anew", folder)
+        return
+    if resume:
+        logger.warning("there is no run to resume in %s; starting one", folder)
+    elif _begun(checkpoints):
+        logger.warning("an unfinished run in %s is discarded (--resume would continue it)", folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    discard(checkpoints)
+    report.write_json(path, record)
+
+
+def _begun(checkpoints: Path) -> bool:
+    """Whether there is a whole checkpoint of any stage, or what a stage left."""
+    return any(last_checkpoint(stage) for stage in checkpoints.glob("*/")) or any(
+        checkpoints.glob("*.safetensors")
+    )
+
+
+def _check_same(record: dict[str, Any], path: Path, folder: Path) -> None:
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged; start anew without --resume") from error
+    if not isinstance(before, dict):
+        raise UserError(f"{path} is damaged; start anew without --resume")
+    for name, value in record.items():
+        if before.get(name) != value:
+            raise UserError(
+                f"the run in {folder} has {name.replace('_', ' ')} {before.get(name)}, not {value};"
+                f" repeat its options to resume it, or give another --output-dir"
+            )
+
+
+def finished_run(folder: Path, record: dict[str, Any]) -> dict[str, Any] | None:
+    """The summary of a run of these options that came to its end, None otherwise."""
+    try:
+        metrics = json.loads((folder / report.METRICS_FILE).read_text(encoding="utf-8"))
+        return summary(metrics, folder) if metrics["options"] == record else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def discard(checkpoints: Path) -> None:
+    """Remove the checkpoints of a run; one that is half removed must not look whole."""
+    aside = checkpoints.with_name(".discarded")
+    shutil.rmtree(aside, ignore_errors=True)
+    if checkpoints.exists():
+        checkpoints.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def best_epoch(trainer: ClassifierTrainer) -> int | None:
+    """The epoch whose weights were kept."""
+    step = trainer.state.best_global_step
+    epochs = [e["epoch"] for e in trainer.state.log_history if e["step"] == step]
+    return round(epochs[0]) if epochs else None
+
+
+def leave(
+    folder: Path,
+    metrics: dict[str, Any],
+    answers: dict[str, np.ndarray],
+    save: Callable[[Path], None],
+    pages: dict[str, str],
+) -> None:
+    """Put the results into the run folder; metrics.json, written last, says that it is whole.
+
+    Args:
+        folder: of the run.
+        metrics: all that is known about it.
+        answers: class probabilities (n, K) of each split.
+        save: writes the model and what its input needs to a folder.
+        pages: names of further files to what they hold.
+    """
+    aside = folder / ".saving"
+    shutil.rmtree(aside, ignore_errors=True)
+    save(aside)
+    save_file(answers, aside / ANSWERS_FILE)
+    report.plot_curves(metrics["history"], aside / "curves.png")
+    matrix = metrics["test"]["confusion_matrix"]
+    report.plot_confusion(matrix, metrics["label_names"], aside / "confusion.png")
+    for name, text in pages.items():
+        report.write_text(aside / name, text)
+    (aside / "README.md").write_text(report.model_card(metrics), encoding="utf-8")
+    for name in (report.METRICS_FILE, report.MISTAKES_FILE, report.CLASS_MAPS_FILE):
+        (folder / name).unlink(missing_ok=True)
+    report.move_files(aside, folder)
+    report.write_json(folder / report.METRICS_FILE, metrics)
+    discard(folder / "checkpoints")
+    logger.info("the model, its metrics and plots are in %s", folder)
+    if report.MISTAKES_FILE in pages:
+        logger.info("its most confident mistakes: %s", folder / report.MISTAKES_FILE)
+
+
+def summary(metrics: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What a training script prints of a run."""
+    values = {
+        **metrics,
+        "validation_accuracy": metrics["validation"]["accuracy"],
+        "test_accuracy": metrics["test"]["accuracy"],
+        "test_macro_f1": metrics["test"]["macro_f1"],
+        "output_dir": str(folder),
+    }
+    line = {name: values[name] for name in SUMMARY}
+    return line | ({"notes": metrics["notes"]} if metrics["notes"] else {})

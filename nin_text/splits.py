@@ -1,0 +1,140 @@
+"""The splits of a data set of texts or images: those that it lacks, parts of them, and checks."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Protocol, Self, TypeVar
+
+from nin_text.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+SPLIT_SEED = 20131216  # the day the paper was posted; never the training seed
+VALIDATION_SHARE = 0.1
+MAX_VALIDATION = 5000
+MIN_EXAMPLES = 10
+
+
+class Examples(Protocol):
+    """Texts or images and their label indices; labels are -1 where there are none."""
+
+    labels: list[int]
+
+    def __len__(self) -> int: ...
+
+    def take(self, indices: Sequence[int]) -> Self:
+        """Those of the given indices, in that order."""
+        ...
+
+
+Part = TypeVar("Part", bound=Examples)
+
+
+def finish_splits(
+    splits: Mapping[str, Part], names: Sequence[str], notes: list[str], limit: int | None
+) -> dict[str, Part]:
+    """Splits "train", "validation" and "test" of what a data set brings, checked.
+
+    Validation, and test where there is none, are carved from train with a fixed seed.
+
+    Args:
+        splits: those that there are.
+        names: class names by index.
+        notes: what a reader of the results must know is added here.
+        limit: keep this many examples of each split, drawn with a fixed seed.
+
+    Raises:
+        UserError: if no classifier could be trained or judged.
+    """
+    finished = dict(splits)
+    if "train" not in finished:
+        raise UserError("there is no training split (a file named train.*)")
+    total = len(finished["train"])
+    for split in ("test", "validation"):
+        if split not in finished:
+            train = finished["train"]
+            size = min(math.ceil(len(train) * VALIDATION_SHARE), MAX_VALIDATION)
+            if total < MIN_EXAMPLES:
+                raise UserError(f"{total} examples are too few to train and test on")
+            taken, rest = stratified(train.labels, size)
+            finished[split], finished["train"] = train.take(taken), train.take(rest)
+            notes.append(
+                f"the {split} split is {len(taken):,} examples carved from train (fixed seed)"
+            )
+    if limit is not None:
+        finished = {split: subset(part, limit) for split, part in finished.items()}
+        notes.append(f"at most {limit} examples of each split were used (--limit)")
+    _check_labels(finished, names, notes)
+    return finished
+
+
+def announce(
+    name: str,
+    source: str,
+    label_names: Sequence[str],
+    splits: Mapping[str, Examples],
+    notes: Sequence[str],
+) -> None:
+    """Log what was read."""
+    counts = ", ".join(f"{len(part):,} {split}" for split, part in splits.items())
+    logger.info("%s from %s: %s", name, source, counts)
+    logger.info("classes: %s", ", ".join(label_names))
+    for note in notes:
+        logger.warning("note: %s", note)
+
+
+def stratified(labels: Sequence[int], size: int) -> tuple[list[int], list[int]]:
+    """Indices of `size` examples with the class shares of all, and of the rest; both in order.
+
+    A class with a single example stays with the rest.
+    """
+    import numpy as np
+
+    rng = np.random.default_rng(SPLIT_SEED)
+    order = rng.permutation(len(labels))
+    by_class: dict[int, list[int]] = {}
+    for i in order:
+        by_class.setdefault(labels[i], []).append(int(i))
+    # Interleave the classes by the share of each that has been dealt: every prefix is stratified.
+    ranked = sorted(
+        ((rank + 0.5) / len(members), label, i)
+        for label, members in by_class.items()
+        for rank, i in enumerate(members[:-1])
+    )
+    taken = sorted(i for _, _, i in ranked[:size])
+    chosen = set(taken)
+    return taken, [i for i in range(len(labels)) if i not in chosen]
+
+
+def subset(split: Part, limit: int) -> Part:
+    """At most `limit` examples, drawn with a fixed seed and, where there are labels, by class."""
+    if limit >= len(split):
+        return split
+    if split.labels and split.labels[0] >= 0:
+        return split.take(stratified(split.labels, limit)[0])
+    import numpy as np
+
+    drawn = np.random.default_rng(SPLIT_SEED).permutation(len(split))[:limit]
+    return split.take(sorted(drawn.tolist()))
+
+
+def _check_labels(splits: Mapping[str, Examples], names: Sequence[str], notes: list[str]) -> None:
+    counts = Counter(splits["train"].labels)
+    if len(counts) < 2:
+        raise UserError(
+            f"all training examples have the same label ({', '.join(names)}); "
+            f"a classifier needs at least two classes"
+        )
+    for split in ("validation", "test"):
+        if not len(splits[split]):
+            raise UserError(
+                f"the {split} split is empty; there must be classes with two examples and more"
+            )
+    for split in ("train", "test"):
+        missing = sorted(set(range(len(names))) - set(splits[split].labels))
+        if missing:
+            shown = ", ".join(names[i] for i in missing[:10])
+            notes.append(f"{len(missing)} classes have no example in the {split} split: {shown}")

@@ -236,6 +236,21 @@ class SpatialConv(nn.Module):
         )
 
 
+class BatchNorm(nn.BatchNorm1d):
+    """Batch normalization (Ioffe & Szegedy 2015, arXiv 1502.03167) of channels-last input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) to the same shape."""
+        return super().forward(x.flatten(0, -2)).view(x.shape)
+
+
+NORMS: dict[str, type[nn.Module]] = {
+    "none": nn.Identity,
+    "layer": nn.LayerNorm,
+    "batch": BatchNorm,
+}
+
+
 class MLPConv(nn.Module):
     """A spatial convolution, then any number of 1x1 convolutions, each with its activation.
 
@@ -246,13 +261,16 @@ class MLPConv(nn.Module):
         dims: 1 for text, 2 for images.
         dilation, stride: of the spatial convolution.
         activation: "relu", "gelu" or "silu".
-        norm: layer normalization over channels before the spatial convolution.
+        norm: what normalizes the input: "layer" (over the channels of each position), "batch" (over
+            the positions of a batch, each channel by itself; images only, since padding would
+            count), or "none".
         residual: add the input to the output. The last 1x1 convolution then has no activation,
             so that the sum may move in either direction (He et al. 2016, arXiv 1603.05027).
         dropout: probability of zeroing an element of the block's output, before the sum.
 
     Raises:
-        ValueError: if `residual` is asked for and input and output differ in size.
+        ValueError: if `residual` is asked for and input and output differ in size, and for batch
+            normalization of texts.
     """
 
     def __init__(
@@ -265,7 +283,7 @@ class MLPConv(nn.Module):
         dilation: int = 1,
         stride: int = 1,
         activation: str = "relu",
-        norm: bool = False,
+        norm: str = "none",
         residual: bool = False,
         dropout: float = 0.0,
     ) -> None:
@@ -278,7 +296,9 @@ class MLPConv(nn.Module):
         if residual and stride > 1:
             raise ValueError(f"a residual block must have stride 1, not {stride}")
         self.residual = residual
-        self.norm = nn.LayerNorm(in_channels) if norm else nn.Identity()
+        if norm == "batch" and dims == 1:
+            raise ValueError("batch normalization is for images: padding of texts would count")
+        self.norm = NORMS[norm](in_channels)
         self.spatial = SpatialConv(
             in_channels,
             channels[0],

@@ -193,8 +193,8 @@ IMAGE_PRESETS: dict[str, dict[str, Any]] = {
         "block_channels": [[192, 64, 64]],
         "kernel_sizes": [[5]],
     },
-    # Fewer than a million parameters, and what has been learned since: layer normalization,
-    # residual connections, GELU, 3x3 convolutions.
+    # Fewer than a million parameters, and what has been learned since: batch normalization,
+    # residual connections, 3x3 convolutions.
     "nin-modern": {
         "block_channels": [
             [64, 64],
@@ -206,8 +206,7 @@ IMAGE_PRESETS: dict[str, dict[str, Any]] = {
         "kernel_sizes": [[3], [3], [3], [3], [3]],
         "pool": ["max", "none", "max", "none", "none"],
         "residual": True,
-        "norm": True,
-        "hidden_act": "gelu",
+        "norm": "batch",
     },
 }
 
@@ -228,7 +227,8 @@ class NiNImageConfig(PreTrainedConfig):
         pool: "max" or "average" (both 3x3 with stride 2), or "none" after each block; nowhere if
             empty.
         residual: add a block's input to its output, where both have the same size.
-        norm: layer normalization before each block but the first, and after the last.
+        norm: "batch" or "layer" normalization before each block but the first, and after the last;
+            or "none".
         hidden_act: "relu", "gelu" or "silu".
         head: "average" (global average pooling of the class maps) or "fully_connected" (a linear
             map from all positions of the class maps, as the paper's section 4.6 compares).
@@ -254,7 +254,7 @@ class NiNImageConfig(PreTrainedConfig):
     strides: list[int] = field(default_factory=list)
     pool: list[str] = field(default_factory=list)
     residual: bool = False
-    norm: bool = False
+    norm: Literal["none", "layer", "batch"] = "none"
     hidden_act: Literal["relu", "gelu", "silu"] = "relu"
     head: Literal["average", "fully_connected"] = "average"
     rectified_logits: bool = False

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, PreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple
 
-from nin_text.blocks import Dropout, MLPConv, global_average_pool, pool_image, pooled_size
+from nin_text.blocks import NORMS, Dropout, MLPConv, global_average_pool, pool_image, pooled_size
 from nin_text.configuration import NiNImageConfig
 from nin_text.modeling import classification_loss, he_initialization
 
@@ -151,7 +151,7 @@ class NiNImageForImageClassification(PreTrainedModel):
                 dims=2,
                 stride=stride,
                 activation=config.hidden_act,
-                norm=config.norm and i > 0,
+                norm=config.norm if i > 0 else "none",
                 residual=config.residual and stride == 1 and in_channels == channels[-1],
             )
             for i, (in_channels, channels, kernel_sizes, stride) in enumerate(
@@ -159,7 +159,7 @@ class NiNImageForImageClassification(PreTrainedModel):
             )
         )
         self.dropout = Dropout(config.hidden_dropout)
-        self.final_norm = nn.LayerNorm(config.hidden_size) if config.norm else nn.Identity()
+        self.final_norm = NORMS[config.norm](config.hidden_size)
         self.classifier = nn.Linear(config.hidden_size, classes)
         self.head = None
         if config.head == "fully_connected":

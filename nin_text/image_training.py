@@ -143,6 +143,15 @@ class ImageTrainer(ClassifierTrainer):
         )
         return self.lr_scheduler
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        # Each process has seen other batches: of the statistics of batch normalization, which no
+        # gradient keeps equal, all take the mean.
+        for model in {self.model, self.best_model}:
+            for buffer in model.buffers():
+                if buffer.is_floating_point():
+                    buffer.copy_(self.accelerator.reduce(buffer, "mean"))
+        return super().evaluate(*args, **kwargs)
+
     def logits(self, dataset: ImageTensors, progress: str | None = None) -> np.ndarray:
         """(n, K) logits of `best_model`."""
         return predict_image_logits(

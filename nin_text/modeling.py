@@ -16,9 +16,15 @@ def he_initialization(module: nn.Module) -> None:
     The default of transformers, N(0, 0.02), makes a nine-layer ReLU network constant. Through
     `nn.init`, which leaves alone what `from_pretrained` has already loaded.
     """
-    if isinstance(module, nn.LayerNorm):
+    if isinstance(module, (nn.LayerNorm, nn.BatchNorm1d)):
         nn.init.ones_(module.weight)
         nn.init.zeros_(module.bias)
+        if isinstance(module, nn.BatchNorm1d):
+            assert module.running_mean is not None and module.running_var is not None
+            assert module.num_batches_tracked is not None
+            nn.init.zeros_(module.running_mean)
+            nn.init.ones_(module.running_var)
+            nn.init.zeros_(module.num_batches_tracked)
     elif isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
         nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
         if module.bias is not None:

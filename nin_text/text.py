@@ -107,7 +107,7 @@ class NiNTextModel(NiNTextPreTrainedModel):
                 kernel_sizes,
                 dilation=dilation,
                 activation=config.hidden_act,
-                norm=config.norm,
+                norm="layer" if config.norm else "none",
                 residual=config.residual,
                 dropout=config.hidden_dropout,
             )

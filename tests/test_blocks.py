@@ -73,8 +73,8 @@ OPTIONS = [
     {},
     {"dilation": 3},
     {"kernel_sizes": [1, 3, 5]},
-    {"kernel_sizes": [3, 5], "dilation": 2, "norm": True},
-    {"norm": True, "residual": True, "activation": "gelu"},
+    {"kernel_sizes": [3, 5], "dilation": 2, "norm": "layer"},
+    {"norm": "layer", "residual": True, "activation": "gelu"},
 ]
 # An even 2-D kernel has no middle row, so these have no counterpart of height one.
 EVEN = [{"kernel_sizes": [2]}, {"kernel_sizes": [4, 3], "dilation": 2}]
@@ -179,7 +179,7 @@ def test_max_pooling_rows_equals_maxpool1d_on_each_text(length: int) -> None:
 
 
 def test_rows_before_and_after_autocast_agree_roughly() -> None:
-    block = MLPConv(16, [16, 16], norm=True)
+    block = MLPConv(16, [16, 16], norm="layer")
     x = torch.randn(20, 16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         low = block(x, torch.ones(20, 1))

@@ -1,4 +1,4 @@
-"""nin-text: text classifiers made of a Network in Network, with exact per-token evidence.
+"""nin-text: classifiers made of a Network in Network, with exact evidence, for text and for images.
 
 Importing the package is cheap: names load the modules behind them on first use. The model classes
 register themselves with transformers as soon as both packages are imported, in either order, so
@@ -19,19 +19,25 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "PRESETS": "configuration",
+    "IMAGE_PRESETS": "configuration",
     "NiNTextConfig": "configuration",
+    "NiNImageConfig": "configuration",
     "NiNTextModel": "text",
     "NiNTextForSequenceClassification": "text",
+    "NiNImageForImageClassification": "image",
     "MLPConv": "blocks",
     "global_average_pool": "blocks",
     "UserError": "errors",
     "TrainOptions": "options",
+    "ImageTrainOptions": "image_options",
     "load_text_dataset": "data",
+    "load_image_dataset": "image_data",
     "train_tokenizer": "tokenization",
     "classification_metrics": "evaluation",
     "load": "models",
     "model_folder": "options",
     "train_text": "runs",
+    "train_image": "image_runs",
     "evaluate_text": "inference",
     "predict_text": "inference",
     "export_onnx": "export",
@@ -91,6 +97,7 @@ for _target, _then in (
     ("transformers.models.auto.configuration_auto", "nin_text.configuration"),
     ("transformers.models.auto.modeling_auto", "nin_text.text"),
     ("transformers.models.auto.modeling_auto", "nin_text.networks"),
+    ("transformers.models.auto.modeling_auto", "nin_text.image"),
 ):
     if _target in sys.modules:
         importlib.import_module(_then)

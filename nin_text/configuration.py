@@ -310,6 +310,23 @@ class NiNImageConfig(PreTrainedConfig):
         return cls(**{**IMAGE_PRESETS[name], **overrides})
 
 
+def with_pointwise_layers(blocks: list[list[int]], layers: int) -> list[list[int]]:
+    """Block channels with another number of 1x1 convolutions in each block.
+
+    Those that are added are as wide as the first one, and the last one keeps its width. Without
+    any, a block is its spatial convolution alone.
+
+    Args:
+        blocks: as in `block_channels`.
+        layers: 1x1 convolutions in each block.
+    """
+    changed = []
+    for channels in blocks:
+        first, middle, last = channels[0], channels[min(1, len(channels) - 1)], channels[-1]
+        changed.append([first, *[middle] * (layers - 1), last] if layers else [first])
+    return changed
+
+
 def _check_blocks(config: Any, lists: tuple[str, ...]) -> None:
     """Refuse lists that do not have one entry for each block, and blocks without layers."""
     blocks = len(config.block_channels)

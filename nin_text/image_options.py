@@ -91,6 +91,15 @@ class ImageTrainOptions(CommonOptions):
     weight_decay: float = option("weight decay (default: the recipe's)")
     warmup: float = option("share of the steps in which it rises (default: the recipe's)")
     dropout: float | None = option("dropout after pooling (default: the preset's)")
+    pointwise_layers: int | None = option(
+        "1x1 convolutions in each block; 0 for plain convolutions (default: the preset's)"
+    )
+    head: str | None = option(
+        "average (global average pooling) or fully_connected, which the paper compares it with "
+        "(default: the preset's)",
+        choices=("average", "fully_connected"),
+    )
+    head_dropout: float = option("dropout before a fully connected head", 0.0)
     label_smoothing: float = option(
         "mass of the target spread over all classes (default: the recipe's)"
     )

@@ -13,7 +13,7 @@ from accelerate import PartialState
 from transformers import ViTImageProcessorPil, set_seed
 
 from nin_text import report, run_folder
-from nin_text.configuration import NiNImageConfig
+from nin_text.configuration import IMAGE_PRESETS, NiNImageConfig, with_pointwise_layers
 from nin_text.device import keep_freed_memory, pick_device, use_bf16
 from nin_text.errors import UserError
 from nin_text.evaluation import classification_metrics, softmax
@@ -127,11 +127,16 @@ def build_image_model(
         "image_size": images.shape[1],
         "num_channels": images.shape[3],
         "hidden_dropout": options.dropout,
+        "head": options.head,
+        "head_dropout": options.head_dropout,
         "label_smoothing": options.label_smoothing,
         "shift": options.shift,
         "flip": options.flip,
         "erase": options.erase,
     }
+    if options.pointwise_layers is not None:
+        blocks = IMAGE_PRESETS[options.model]["block_channels"]
+        overrides["block_channels"] = with_pointwise_layers(blocks, options.pointwise_layers)
     try:
         config = NiNImageConfig.from_preset(
             options.model,

@@ -90,6 +90,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "threads": (1, 1024),
     "seed": (0, 2**32 - 1),
     "image_size": (4, 1024),
+    "pointwise_layers": (0, 16),
+    "head_dropout": (0, 0.99),
     "shift": (0, 1024),
     "erase": (0, 1024),
 }

@@ -19,11 +19,13 @@ COMMON = (
 )
 
 
-def torchrun(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+def torchrun(
+    folder: Path, *arguments: object, script: str = "train_text"
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", "2", str(ROOT / "scripts" / "train_text.py")),
+            *("--nproc-per-node", "2", str(ROOT / "scripts" / f"{script}.py")),
             *map(str, arguments),
         ],
         cwd=folder,
@@ -78,6 +80,20 @@ def test_all_stages_run_in_two_processes(tmp_path: Path) -> None:
     first, second = (
         load_file(tmp_path / name / "model.safetensors") for name in ("first", "second")
     )
+    for name, weight in first.items():
+        np.testing.assert_array_equal(weight, second[name], err_msg=name)
+
+
+def test_images_train_in_two_processes(tmp_path: Path) -> None:
+    """With batch normalization, whose statistics differ between them until they are judged."""
+    options = ("--limit", 200, "--epochs", 2, "--batch-size", 16)
+    for name in ("first", "second"):
+        finished = torchrun(tmp_path, *options, "--output-dir", name, script="train_image")
+        assert finished.returncode == 0, finished.stderr
+    first, second = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("first", "second")
+    )
+    assert any("running_mean" in name for name in first)
     for name, weight in first.items():
         np.testing.assert_array_equal(weight, second[name], err_msg=name)
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
 from nin_text import PRESETS, NiNTextConfig, NiNTextForSequenceClassification, NiNTextModel
-from nin_text.text import classification_loss
+from nin_text.modeling import classification_loss
 
 VOCABULARY = 50
 # Beside the presets: every option that a preset leaves out.

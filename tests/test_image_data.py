@@ -1,0 +1,359 @@
+"""Image data: every layout in which the known sets are handed out, on files made here."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import pickle
+import struct
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from scipy.io import savemat
+
+from nin_text import UserError, load_image_dataset
+from nin_text.image_data import KNOWN, ImageDataset
+
+CLASSES = KNOWN["cifar10"].labels or ()
+
+
+def pictures(n: int, size: int = 32, channels: int = 3, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 256, (n, size, size, channels), dtype=np.uint8)
+
+
+def labels(n: int, classes: int = 10) -> list[int]:
+    return [i % classes for i in range(n)]
+
+
+def png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.squeeze()).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def planes(images: np.ndarray) -> np.ndarray:
+    """(n, 32, 32, 3) to (n, 3072), all of red, then green, then blue."""
+    return images.transpose(0, 3, 1, 2).reshape(len(images), -1)
+
+
+# What each layout's files hold: 60 training and 20 test images, of 10 (or 20) classes in turn.
+TRAIN, TEST = pictures(60, seed=1), pictures(20, seed=2)
+
+
+def cifar10_binary(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    parts = {f"data_batch_{i + 1}.bin": TRAIN[12 * i : 12 * i + 12] for i in range(5)}
+    start = 0
+    for name, images in [*parts.items(), ("test_batch.bin", TEST)]:
+        truth = labels(20) if "test" in name else labels(60)[start : start + 12]
+        start += 12
+        records = np.concatenate([np.array(truth, np.uint8)[:, None], planes(images)], axis=1)
+        (folder / name).write_bytes(records.tobytes())
+    (folder / "batches.meta.txt").write_text("\n".join(CLASSES) + "\n\n")
+
+
+def cifar10_pickles(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    for i in range(5):
+        batch = {b"data": planes(TRAIN[12 * i : 12 * i + 12]), b"labels": labels(60)[12 * i :][:12]}
+        (folder / f"data_batch_{i + 1}").write_bytes(pickle.dumps(batch, protocol=2))
+    test = {b"data": planes(TEST), b"labels": labels(20)}
+    (folder / "test_batch").write_bytes(pickle.dumps(test, protocol=2))
+    meta = {b"label_names": [name.encode() for name in CLASSES]}
+    (folder / "batches.meta").write_bytes(pickle.dumps(meta, protocol=2))
+
+
+def archived(write: Callable[[Path], None], inner: str, archive: str) -> Callable[[Path], None]:
+    def write_archive(folder: Path) -> None:
+        write(folder / "aside" / inner)
+        with tarfile.open(folder / archive, "w:gz") as file:
+            file.add(folder / "aside" / inner, inner)
+        for path in (folder / "aside" / inner).iterdir():
+            path.unlink()
+        (folder / "aside" / inner).rmdir()
+        (folder / "aside").rmdir()
+
+    return write_archive
+
+
+def parquet(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    for name, images in (("train-00000-of-00001", TRAIN), ("test-00000-of-00001", TEST)):
+        cells = [{"bytes": png(image), "path": None} for image in images]
+        table = pa.table({"img": cells, "label": labels(len(images))})
+        pq.write_table(table, folder / f"{name}.parquet")
+
+
+def class_folders(folder: Path) -> None:
+    for split, images in (("train", TRAIN), ("test", TEST)):
+        for i, (image, label) in enumerate(zip(images, labels(len(images)), strict=True)):
+            path = folder / split / CLASSES[label] / f"{i:05d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(png(image))
+
+
+CIFAR10 = {
+    "binary": cifar10_binary,
+    "binary in its folder": lambda folder: cifar10_binary(folder / "cifar-10-batches-bin"),
+    "binary archive": archived(cifar10_binary, "cifar-10-batches-bin", "cifar-10-binary.tar.gz"),
+    "pickles": cifar10_pickles,
+    "pickle archive": archived(cifar10_pickles, "cifar-10-batches-py", "cifar-10-python.tar.gz"),
+    "Parquet": parquet,
+    "class folders": class_folders,
+}
+
+
+def in_order(data: ImageDataset) -> None:
+    """Every image that was written is there once, with its label."""
+    names = list(data.label_names)
+    assert sorted(names) == sorted(CLASSES)
+    assert (len(data.splits["train"]), len(data.splits["validation"])) == (54, 6)
+    seen = {}
+    for split in ("train", "validation"):
+        part = data.splits[split]
+        for image, label in zip(part.images, part.labels, strict=True):
+            seen[image.tobytes()] = names[label]
+    expected = zip(TRAIN, labels(60), strict=True)
+    assert seen == {image.tobytes(): CLASSES[label] for image, label in expected}
+    test = data.splits["test"]
+    found = {x.tobytes(): names[y] for x, y in zip(test.images, test.labels, strict=True)}
+    expected = zip(TEST, labels(20), strict=True)
+    assert found == {image.tobytes(): CLASSES[label] for image, label in expected}
+
+
+@pytest.mark.parametrize("layout", CIFAR10)
+def test_cifar_10_is_read_in_every_layout(layout: str, tmp_path: Path) -> None:
+    folder = tmp_path / "cifar10"
+    CIFAR10[layout](folder)
+    in_order(load_image_dataset("cifar10", data_dir=tmp_path))
+
+
+def test_cifar_10_is_read_from_the_hubs_form(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for the hub: what `datasets.load_dataset` gives for uoft-cs/cifar10."""
+    features = datasets.Features(
+        {"img": datasets.Image(), "label": datasets.ClassLabel(names=list(CLASSES))}
+    )
+
+    def part(images: np.ndarray) -> datasets.Dataset:
+        cells = [{"bytes": png(image), "path": None} for image in images]
+        return datasets.Dataset.from_dict(
+            {"img": cells, "label": labels(len(images))}, features=features
+        )
+
+    asked = []
+
+    def load_dataset(hub_id: str, configuration: str | None = None) -> datasets.DatasetDict:
+        asked.append(hub_id)
+        return datasets.DatasetDict(train=part(TRAIN), test=part(TEST))
+
+    monkeypatch.setattr("nin_text.data._hub_is_reachable", lambda: True)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("NIN_TEXT_DATA", raising=False)
+    in_order(load_image_dataset("cifar10"))
+    assert asked == ["uoft-cs/cifar10"]
+
+
+@pytest.mark.parametrize("layout", ["binary", "pickles"])
+def test_cifar_100_has_its_fine_labels(layout: str, tmp_path: Path) -> None:
+    folder = tmp_path / "cifar100"
+    folder.mkdir()
+    fine = {"train": labels(60, 20), "test": labels(20, 20)}
+    for split, images in (("train", TRAIN), ("test", TEST)):
+        coarse = [0] * len(images)
+        if layout == "binary":
+            heads = np.array([coarse, fine[split]], np.uint8).T
+            records = np.concatenate([heads, planes(images)], axis=1)
+            (folder / f"{split}.bin").write_bytes(records.tobytes())
+        else:
+            batch = {b"data": planes(images), b"fine_labels": fine[split], b"coarse_labels": coarse}
+            (folder / split).write_bytes(pickle.dumps(batch, protocol=2))
+    data = load_image_dataset("cifar100", data_dir=tmp_path)
+    assert data.splits["test"].labels == fine["test"]
+    assert len(data.label_names) == 20
+    assert np.array_equal(data.splits["test"].images, TEST)
+
+
+def write_idx(folder: Path, images: np.ndarray, truth: list[int], name: str, zipped: bool) -> None:
+    files = {
+        f"{name}-images-idx3-ubyte": struct.pack(">4i", 2051, len(images), *images.shape[1:3])
+        + images.tobytes(),
+        f"{name}-labels-idx1-ubyte": struct.pack(">2i", 2049, len(truth)) + bytes(truth),
+    }
+    for file, data in files.items():
+        if zipped:
+            (folder / f"{file}.gz").write_bytes(gzip.compress(data))
+        else:
+            (folder / file).write_bytes(data)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_mnists_own_format_is_read(zipped: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "fashion_mnist"
+    folder.mkdir()
+    train, test = pictures(40, 28, 1), pictures(20, 28, 1, seed=3)
+    write_idx(folder, train, labels(40), "train", zipped)
+    write_idx(folder, test, labels(20), "t10k", zipped)
+    data = load_image_dataset("fashion_mnist", data_dir=tmp_path)
+    assert np.array_equal(data.splits["test"].images, test)
+    assert data.splits["test"].labels == labels(20)
+    assert data.label_names[9] == "ankle boot"
+
+
+def test_svhns_matrices_are_read_and_their_ten_is_a_zero(tmp_path: Path) -> None:
+    folder = tmp_path / "svhn"
+    folder.mkdir()
+    for split, images in (("train", TRAIN), ("test", TEST)):
+        y = np.array([[label or 10] for label in labels(len(images))], np.uint8)
+        savemat(folder / f"{split}_32x32.mat", {"X": images.transpose(1, 2, 3, 0), "y": y})
+    data = load_image_dataset("svhn", data_dir=tmp_path)
+    assert data.splits["test"].labels == labels(20)
+    assert np.array_equal(data.splits["test"].images, TEST)
+
+
+def test_a_folder_of_photographs_of_all_sizes(tmp_path: Path) -> None:
+    """One grey among them, no test split, other files beside them."""
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        shape = (int(rng.integers(20, 90)), int(rng.integers(20, 90)), 3)
+        pixels = rng.integers(0, 256, shape, dtype=np.uint8)
+        path = tmp_path / "photos" / ("cat", "dog")[i % 2] / f"{i}.{('png', 'JPG')[i // 2 % 2]}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels if i else pixels[..., 0]).save(path)
+    (tmp_path / "photos" / "cat" / "notes.txt").write_text("not an image")
+    data = load_image_dataset(str(tmp_path / "photos"))
+    assert data.label_names == ["cat", "dog"]
+    assert data.splits["train"].images.shape[1:] == (64, 64, 3)
+    assert {split: len(part) for split, part in data.splits.items()} == {
+        "train": 32,
+        "validation": 4,
+        "test": 4,
+    }
+    small = load_image_dataset(str(tmp_path / "photos"), image_size=16)
+    assert small.splits["test"].images.shape[1:] == (16, 16, 3)
+    assert small.fingerprint() != data.fingerprint()
+
+
+def test_the_built_in_digits() -> None:
+    data = load_image_dataset("digits")
+    assert {split: len(part) for split, part in data.splits.items()} == {
+        "train": 1294,
+        "validation": 144,
+        "test": 359,
+    }
+    images = data.splits["train"].images
+    assert images.shape[1:] == (8, 8, 1)
+    assert (images.min(), images.max()) == (0, 255)
+    assert load_image_dataset("digits").fingerprint() == data.fingerprint()
+    assert len(load_image_dataset("digits", limit=50).splits["train"]) == 50
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
+def test_the_real_sets_are_whole(name: str, real_data: Path) -> None:
+    data = load_image_dataset(name)
+    sizes = {split: len(part) for split, part in data.splits.items()}
+    assert sizes == {"train": 55_000, "test": 10_000, "validation": 5_000}
+    assert len(set(data.splits["test"].labels)) == 10
+
+
+# ---- damaged and hostile files -----------------------------------------------------------------
+
+
+class Hostile:
+    """A pickle that creates a file when it is loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (self.path,))
+
+
+def test_a_pickle_that_would_run_code_is_refused_and_runs_none(tmp_path: Path) -> None:
+    folder, mark = tmp_path / "cifar10", tmp_path / "mark"
+    cifar10_pickles(folder)
+    (folder / "data_batch_3").write_bytes(pickle.dumps(Hostile(mark)))
+    with pytest.raises(UserError, match="which no image file needs"):
+        load_image_dataset("cifar10", data_dir=tmp_path)
+    assert not mark.exists()
+    pickle.loads((folder / "data_batch_3").read_bytes())
+    assert mark.exists()  # an ordinary unpickler would have run it
+
+
+def cut(path: Path, share: float = 0.6) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+
+
+@pytest.mark.parametrize(
+    ("layout", "file"),
+    [
+        ("binary", "data_batch_2.bin"),
+        ("pickles", "data_batch_2"),
+        ("binary archive", "cifar-10-binary.tar.gz"),
+        ("Parquet", "train-00000-of-00001.parquet"),
+        ("class folders", "train/cat/00003.png"),
+    ],
+)
+def test_a_truncated_file_is_said_to_be_one(layout: str, file: str, tmp_path: Path) -> None:
+    folder = tmp_path / "cifar10"
+    CIFAR10[layout](folder)
+    cut(folder / file)
+    with pytest.raises(UserError) as caught:
+        load_image_dataset("cifar10", data_dir=tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_truncated_idx_file_is_said_to_be_one(zipped: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "mnist"
+    folder.mkdir()
+    write_idx(folder, pictures(40, 28, 1), labels(40), "train", zipped)
+    cut(folder / f"train-images-idx3-ubyte{'.gz' * zipped}")
+    with pytest.raises(UserError, match="damaged"):
+        load_image_dataset("mnist", data_dir=tmp_path)
+    cut(folder / f"train-images-idx3-ubyte{'.gz' * zipped}", 0)
+    with pytest.raises(UserError, match="damaged"):
+        load_image_dataset("mnist", data_dir=tmp_path)
+
+
+def test_what_cannot_be_found_is_said_with_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no data set 'digit'"):
+        load_image_dataset("digit")
+    with pytest.raises(UserError, match="one subfolder of images"):
+        load_image_dataset(str(tmp_path))
+    (tmp_path / "train.parquet").write_bytes(b"")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_image_dataset(str(tmp_path))
+    pq.write_table(pa.table({"picture": [b""], "label": [0]}), tmp_path / "train.parquet")
+    with pytest.raises(UserError, match="no column named image or img"):
+        load_image_dataset(str(tmp_path))
+
+
+def test_labels_that_no_class_has_and_a_single_class_are_refused(tmp_path: Path) -> None:
+    cells = [{"bytes": png(image), "path": None} for image in TRAIN]
+    for truth, message in (([12] * 60, "not among its 10 classes"), ([3] * 60, "the same label")):
+        folder = tmp_path / f"data{truth[0]}" / "cifar10"
+        folder.mkdir(parents=True)
+        pq.write_table(pa.table({"image": cells, "label": truth}), folder / "train.parquet")
+        with pytest.raises(UserError, match=message):
+            load_image_dataset("cifar10", data_dir=folder.parent)
+
+
+def test_test_images_of_a_class_that_training_lacks_are_refused(tmp_path: Path) -> None:
+    class_folders(tmp_path / "data")
+    (tmp_path / "data" / "test" / "unicorn").mkdir()
+    (tmp_path / "data" / "test" / "unicorn" / "1.png").write_bytes(png(TRAIN[0]))
+    with pytest.raises(UserError, match="unicorn"):
+        load_image_dataset(str(tmp_path / "data"))

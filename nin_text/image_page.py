@@ -25,7 +25,7 @@ from nin_text.models import label_names
 
 MAX_IMAGES = 200
 MAX_MISTAKES = 60
-FOR, AGAINST = (0, 150, 60), (205, 40, 40)  # green and red
+FOR, AGAINST = (20, 100, 220), (235, 120, 0)  # blue and orange, which all eyes tell apart
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem; color: #222; background: #fff; }
 main { display: flex; flex-wrap: wrap; gap: 1rem; }
@@ -66,7 +66,7 @@ def class_maps_html(model: NiNImageForImageClassification, split: ImageSplit, ti
     names = [visible(name) for name in label_names(model)]
     shown = split.take(range(min(len(split), MAX_IMAGES)))
     notes = [
-        "The logit of a class is the mean of its map. Green speaks for the class, red against it, "
+        "The logit of a class is the mean of its map. Blue speaks for the class, orange against it, "
         "compared with the mean of all classes; the deepest colour is the strongest evidence in "
         "the image, for any class."
     ]
@@ -151,7 +151,7 @@ def _section(
 
 
 def _shade(values: np.ndarray) -> np.ndarray:
-    """(h, w) from -1 to 1 as (h, w, 4) uint8: green or red, the deeper the stronger."""
+    """(h, w) from -1 to 1 as (h, w, 4) uint8: blue or orange, the deeper the stronger."""
     shades = np.empty((*values.shape, 4), dtype=np.uint8)
     shades[..., :3] = np.where(values[..., None] > 0, FOR, AGAINST)
     shades[..., 3] = np.round(200 * np.abs(values))

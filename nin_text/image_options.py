@@ -132,6 +132,25 @@ class ImageTrainOptions(CommonOptions):
         return {name: getattr(self, name) for name in names}
 
 
+@dataclass
+class ImageBenchmarkOptions(CommonOptions):
+    """How the speed of image networks is measured."""
+
+    models: list[str] = option(
+        f"networks ({', '.join(IMAGE_PRESET_NAMES)}); a residual network of as many parameters as "
+        f"the largest is always beside them",
+        ("nin-modern", "nin-cifar10"),
+        nargs="+",
+        metavar="NETWORK",
+    )
+    image_size: int = option("pixels a side", 32)
+    batch_size: int = option("images in a batch", 128)
+    rounds: int = option("rounds of timing; every network has its turn in each", 10)
+    precision: str = option(PRECISION_HELP, "auto", choices=PRECISIONS)
+    compile: bool = option("compile the networks with torch.compile", False)
+    output_dir: Path | None = option("also write image_benchmark.json to this folder")
+
+
 def with_image_recipe(options: ImageTrainOptions) -> ImageTrainOptions:
     """A copy in which every option left to the recipe is filled in.
 

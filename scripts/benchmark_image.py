@@ -1,0 +1,29 @@
+"""Measure how fast the image networks are, beside a residual network of as many parameters."""
+
+from typing import Any
+
+from nin_text import cli
+from nin_text.image_options import ImageBenchmarkOptions
+from nin_text.options import check
+
+EXAMPLES = """\
+  python scripts/benchmark_image.py
+  python scripts/benchmark_image.py --models nin-mnist --image-size 28 --rounds 3
+  python scripts/benchmark_image.py --device cuda --compile --batch-size 1024
+"""
+
+
+def main() -> None:
+    options = cli.parse(ImageBenchmarkOptions, __doc__, EXAMPLES)
+
+    def work() -> dict[str, Any]:
+        check(options)
+        from nin_text.image_speed import benchmark_images
+
+        return benchmark_images(options)
+
+    cli.run(work)
+
+
+if __name__ == "__main__":
+    main()

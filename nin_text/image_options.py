@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,9 +158,7 @@ def with_image_recipe(options: ImageTrainOptions) -> ImageTrainOptions:
     Raises:
         UserError: if there is no such preset.
     """
-    if options.model not in IMAGE_PRESET_NAMES:
-        names = ", ".join(IMAGE_PRESET_NAMES)
-        raise UserError(f"there is no image network {options.model!r}; there are {names}")
+    check_networks([options.model])
     modern = options.model in ("nin-modern", "nin-tutorial")
     name = options.recipe or ("modern" if modern else "paper")
     recipe = IMAGE_RECIPES[name] | {"recipe": name}
@@ -169,3 +168,15 @@ def with_image_recipe(options: ImageTrainOptions) -> ImageTrainOptions:
         name: value for name, value in recipe.items() if getattr(options, name, value) is None
     }
     return dataclasses.replace(options, **missing)
+
+
+def check_networks(names: Sequence[str]) -> None:
+    """Refuse names that no preset has.
+
+    Raises:
+        UserError: naming those that there are.
+    """
+    for name in names:
+        if name not in IMAGE_PRESET_NAMES:
+            known = ", ".join(IMAGE_PRESET_NAMES)
+            raise UserError(f"there is no image network {name!r}; there are {known}")

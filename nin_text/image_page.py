@@ -67,8 +67,8 @@ def class_maps_html(model: NiNImageForImageClassification, split: ImageSplit, ti
     shown = split.take(range(min(len(split), MAX_IMAGES)))
     notes = [
         "The logit of a class is the mean of its map. Blue speaks for the class, orange against "
-        "it, compared with the mean of all classes; the deepest colour is the strongest evidence in "
-        "the image, for any class."
+        "it, compared with the mean of all classes; the deepest colour is the strongest evidence "
+        "in the image, for any class."
     ]
     if len(shown) < len(split):
         notes.append(f"Shown are the first {len(shown)} of {len(split):,} images.")

@@ -24,11 +24,11 @@ from tqdm import tqdm
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from nin_text import report
-from nin_text.configuration import IMAGE_PRESETS, NiNImageConfig
+from nin_text.configuration import NiNImageConfig
 from nin_text.device import keep_freed_memory, pick_device, use_bf16
 from nin_text.errors import UserError
 from nin_text.image import NiNImageForImageClassification
-from nin_text.image_options import ImageBenchmarkOptions
+from nin_text.image_options import ImageBenchmarkOptions, check_networks
 from nin_text.options import check
 
 logger = logging.getLogger(__name__)
@@ -66,13 +66,16 @@ def benchmark_images(options: ImageBenchmarkOptions) -> dict[str, Any]:
         UserError: if a network is not known.
     """
     check(options)
+    check_networks(options.models)
     device = pick_device(options.device)
     bf16 = use_bf16(options.precision, device)
     keep_freed_memory()
     torch.manual_seed(0)
-    networks = {name: _network(name, options).to(device) for name in options.models}
+    networks: dict[str, nn.Module] = {name: _network(name, options) for name in options.models}
     largest = max(networks.values(), key=_parameters)
-    networks[RESNET] = resnet_of(_parameters(largest), _channels(largest)).to(device)
+    networks[RESNET] = resnet_of(_parameters(largest), _channels(largest))
+    for network in networks.values():
+        network.to(device)
     rate = _Rates(device, bf16, options.compile)
     systems: dict[tuple[str, str], Timed] = {("convolution", "limit"): rate.limit()}
     for name, network in networks.items():
@@ -113,8 +116,11 @@ def resnet_of(parameters: int, channels: int) -> nn.Module:
         embedder.pooler = nn.Identity()
         return model
 
-    widths = range(8, 129, 4)
-    return min(map(build, widths), key=lambda model: abs(_parameters(model) - parameters))
+    def distance(width: int) -> int:
+        with torch.device("meta"):
+            return abs(_parameters(build(width)) - parameters)
+
+    return build(min(range(8, 129, 4), key=distance))
 
 
 def _network(name: str, options: ImageBenchmarkOptions) -> NiNImageForImageClassification:

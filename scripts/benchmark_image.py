@@ -3,7 +3,7 @@
 from typing import Any
 
 from nin_text import cli
-from nin_text.image_options import ImageBenchmarkOptions
+from nin_text.image_options import ImageBenchmarkOptions, check_networks
 from nin_text.options import check
 
 EXAMPLES = """\
@@ -18,6 +18,7 @@ def main() -> None:
 
     def work() -> dict[str, Any]:
         check(options)
+        check_networks(options.models)
         from nin_text.image_speed import benchmark_images
 
         return benchmark_images(options)

@@ -372,6 +372,24 @@ NETWORKS: dict[str, dict[str, Any]] = {
         "max_positions": 512,
         "dropout": 0.1,
     },
+    # nin-text-base with what the paper did away with: a fully connected layer in place of global
+    # average pooling, and, in cnn-fc, a plain convolution in place of an mlpconv block.
+    "mlpconv-fc": {
+        "architecture": "conv-fc",
+        "embedding_size": 192,
+        "hidden_size": 192,
+        "kernel_sizes": [3],
+        "num_layers": 3,
+        "dropout": 0.3,
+    },
+    "cnn-fc": {
+        "architecture": "conv-fc",
+        "embedding_size": 192,
+        "hidden_size": 192,
+        "kernel_sizes": [3],
+        "num_layers": 1,
+        "dropout": 0.3,
+    },
 }
 
 
@@ -380,13 +398,14 @@ class BaselineConfig(PreTrainedConfig):
     """Configuration of the baselines.
 
     Args:
-        architecture: a key of NETWORKS, and of `networks.ENCODERS`.
+        architecture: a key of `networks.ENCODERS`.
         vocab_size: rows of the embedding table.
         embedding_size: E, width of the token embeddings.
-        hidden_size: H: filters of each width (kim-cnn), channels (dpcnn), units in each direction
-            (bilstm) or width of the feed-forward layers (transformer).
-        kernel_sizes: widths of the filters (kim-cnn).
-        num_layers: blocks (dpcnn) or layers (bilstm, transformer).
+        hidden_size: H: filters of each width (kim-cnn), channels (dpcnn, conv-fc), units in each
+            direction (bilstm) or width of the feed-forward layers (transformer).
+        kernel_sizes: widths of the filters (kim-cnn, conv-fc).
+        num_layers: blocks (dpcnn), layers (bilstm, transformer), or the convolution and the 1x1
+            convolutions after it (conv-fc).
         num_heads: attention heads of each layer (transformer).
         max_positions: tokens that a text is cut to (transformer).
         dropout: after the encoder and, in the transformer, within it.
@@ -408,9 +427,10 @@ class BaselineConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Refuse sizes that no network can have, before anything is allocated."""
-        if self.architecture not in NETWORKS:
+        known = {preset["architecture"] for preset in NETWORKS.values()}
+        if self.architecture not in known:
             raise ValueError(
-                f"no architecture named {self.architecture!r}; there are {', '.join(NETWORKS)}"
+                f"no architecture named {self.architecture!r}; there are {', '.join(sorted(known))}"
             )
         if not self.kernel_sizes:
             raise ValueError("kernel_sizes is empty; there must be at least one")

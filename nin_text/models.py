@@ -24,6 +24,7 @@ from nin_text.configuration import (
     PRESETS,
     BaselineConfig,
     NiNTextConfig,
+    with_pointwise_layers,
 )
 from nin_text.errors import UserError
 from nin_text.networks import BaselineForSequenceClassification
@@ -91,6 +92,9 @@ def build(
     if again:
         given["class_weights"] = overrides["class_weights"]  # none, perhaps, instead of the saved
         return _with_saved_encoder(options.model, names | given), tokenizer
+    if options.pointwise_layers is not None:
+        blocks = PRESETS[options.model]["block_channels"]
+        given["block_channels"] = with_pointwise_layers(blocks, options.pointwise_layers)
     config = NiNTextConfig.from_preset(options.model, **fixed, **given)
     return NiNTextForSequenceClassification(config), tokenizer
 

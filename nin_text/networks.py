@@ -1,6 +1,6 @@
 """Networks from the literature that NiN is compared with, trained from scratch by the same trainer.
 
-Token embeddings, one of the ENCODERS, dropout, one linear map to classes. The four differ in the
+Token embeddings, one of the ENCODERS, dropout, one linear map to classes. They differ in the
 encoder alone, so each is a small module that maps embedded texts to one vector for each.
 
 Their configuration is in `configuration.py`. Importing this module registers the class with
@@ -21,7 +21,8 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import can_return_tuple
 
-from nin_text.configuration import BaselineConfig
+from nin_text.blocks import Dropout, MLPConv
+from nin_text.configuration import BaselineConfig, with_pointwise_layers
 
 
 class Encoder(nn.Module):
@@ -144,11 +145,41 @@ class Transformer(Encoder):
         return (x * shares[..., None]).sum(dim=1)  # (B, E)
 
 
+class ConvFC(Encoder):
+    """The block of `nin-text-base`, then the max over time and a fully connected layer.
+
+    It is there for the question of what mlpconv layers and global average pooling are worth on
+    text (the paper, section 3): `num_layers` of 1 leaves the convolution alone.
+    """
+
+    def __init__(self, config: BaselineConfig) -> None:
+        super().__init__()
+        self.width = size = config.hidden_size
+        (channels,) = with_pointwise_layers([[size, 2 * size, size]], config.num_layers - 1)
+        self.dropout = Dropout(config.dropout)
+        self.block = MLPConv(
+            config.embedding_size,
+            channels,
+            config.kernel_sizes,
+            activation="gelu",
+            norm="layer",
+            residual=config.embedding_size == size,
+            dropout=config.dropout,
+        )
+        self.norm = nn.LayerNorm(size)
+        self.hidden = nn.Linear(size, size)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = self.norm(self.block(self.dropout(x), mask[..., None]))  # (B, T, C)
+        return F.gelu(self.hidden(max_over_time(x.transpose(1, 2), mask)))  # (B, C)
+
+
 ENCODERS: dict[str, type[Encoder]] = {
     "kim-cnn": KimCNN,
     "dpcnn": DPCNN,
     "bilstm": BiLSTM,
     "transformer": Transformer,
+    "conv-fc": ConvFC,
 }
 
 

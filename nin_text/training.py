@@ -559,7 +559,8 @@ def training_arguments(
         # The sampler already gives every process equally many batches.
         accelerator_config={"even_batches": False},
         ddp_find_unused_parameters=find_unused_parameters,
-        ddp_broadcast_buffers=False,  # they are equal everywhere, and never change
+        # They are equal everywhere and never change, or are brought together when it is judged.
+        ddp_broadcast_buffers=False,
     )
     # One process, one device: torch.nn.DataParallel would cut the rows of a batch apart. Several
     # devices are for torchrun.

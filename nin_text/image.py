@@ -67,7 +67,7 @@ class InputNormalization(nn.Module):
     def fit(self, images: Tensor) -> None:
         """Take mean and scale from (n, H, W, C) uint8 training images."""
         if not self.whiten:
-            # From how often each value occurs: as floats, the pixels would take eight times the room.
+            # From how often each value occurs: as floats, pixels would take eight times the room.
             values = torch.arange(256, dtype=torch.float64) / 255
             for i, plane in enumerate(images.unbind(-1)):
                 share = plane.flatten().bincount(minlength=256) / plane.numel()  # (256,)

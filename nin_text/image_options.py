@@ -136,11 +136,13 @@ def with_image_recipe(options: ImageTrainOptions) -> ImageTrainOptions:
     """A copy in which every option left to the recipe is filled in.
 
     Raises:
-        UserError: if there is no such preset.
+        UserError: if there is no such preset, or an option would have no effect.
     """
     if options.model not in IMAGE_PRESET_NAMES:
         names = ", ".join(IMAGE_PRESET_NAMES)
         raise UserError(f"there is no image network {options.model!r}; there are {names}")
+    if options.head_dropout and options.head != "fully_connected":
+        raise UserError("--head-dropout needs --head fully_connected")
     modern = options.model in ("nin-modern", "nin-tutorial")
     name = options.recipe or ("modern" if modern else "paper")
     recipe = IMAGE_RECIPES[name] | {"recipe": name}

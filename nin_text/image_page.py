@@ -31,6 +31,7 @@ body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem; color: #222; backgro
 main { display: flex; flex-wrap: wrap; gap: 1rem; }
 section { border: 1px solid #ccc; border-radius: 6px; padding: 0.6rem; }
 section.wrong { border-color: #c33; }
+section p { margin: 0 0 0.4rem; max-width: 23.5rem; overflow-wrap: anywhere; }
 .maps { display: flex; gap: 0.5rem; }
 figure { margin: 0; text-align: center; max-width: 7.5rem; }
 .stack { position: relative; width: 7rem; height: 7rem; }
@@ -38,7 +39,10 @@ figure { margin: 0; text-align: center; max-width: 7.5rem; }
 .pixels { image-rendering: pixelated; }
 figcaption { font-size: 0.8rem; overflow-wrap: anywhere; }
 .note { color: #666; max-width: 60rem; }
-@media (prefers-color-scheme: dark) { body { color: #ddd; background: #181818; } }
+@media (prefers-color-scheme: dark) {
+  body { color: #ddd; background: #181818; }
+  .note { color: #999; }
+}
 """
 
 
@@ -139,15 +143,14 @@ def _section(
     other = truth if truth != answer else int(order[1])
     background = f'<img class="pixels" alt="" src="{_png(image)}">'
     figures = [f'<div class="stack">{background}</div><figcaption>image</figcaption>']
-    for k in (answer, other) if maps is not None else ():
-        assert maps is not None
-        strongest = max(float(np.abs(maps).max()), 1e-9)
+    strongest = 0.0 if maps is None else max(float(np.abs(maps).max()), 1e-9)
+    for k in () if maps is None else (answer, other):
         overlay = f'<img alt="" src="{_png(_shade(maps[..., k] / strongest))}">'
         figures.append(
             f'<div class="stack">{background}{overlay}</div>'
             f"<figcaption>{escape(names[k])}<br>{probabilities[k]:.1%}</figcaption>"
         )
-    verdict = f"{names[answer]}" if answer == truth else f"{names[answer]}, truly {names[truth]}"
+    verdict = names[answer] if answer == truth else f"{names[answer]}, truly {names[truth]}"
     return (
         f'<section class="{"right" if answer == truth else "wrong"}"><p>{escape(verdict)}</p>'
         f'<div class="maps">{"".join(f"<figure>{figure}</figure>" for figure in figures)}</div>'

@@ -302,8 +302,10 @@ def test_images_that_a_pipeline_would_clip_are_refused(mode: str) -> None:
 
 @pytest.mark.parametrize(
     ("shape", "size", "result"),
-    [((1, 1), None, 1), ((64, 64), None, 64), ((65, 65), None, 64), ((3, 900), None, 64)]
-    + [((900, 700), 32, 32), ((1, 1), 32, 32)],
+    [
+        *(((1, 1), None, 1), ((64, 64), None, 64), ((65, 65), None, 64), ((3, 900), None, 64)),
+        *(((900, 700), 32, 32), ((1, 1), 32, 32)),
+    ],
 )
 def test_photographs_are_scaled_while_they_are_read(
     shape: tuple[int, int], size: int | None, result: int

@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from nin_text import UserError, image_data, load_image_dataset
+from nin_text import UserError, image_files, load_image_dataset
 from nin_text.image_data import KNOWN, ImageDataset, decode
 
 CLASSES = KNOWN["cifar10"].labels or ()
@@ -312,14 +312,14 @@ def test_photographs_are_scaled_while_they_are_read(
 ) -> None:
     """As they are, those of a folder would not fit into memory."""
     pixels = np.zeros((*shape, 3), np.uint8)
-    assert decode(png(pixels.reshape(*shape, 3)), "x", size).shape == (result, result, 3)
+    assert decode(encoded(Image.fromarray(pixels)), "x", size).shape == (result, result, 3)
 
 
 def test_odd_class_folders(tmp_path: Path) -> None:
     """A class called train, one without images, nested and hidden folders, links."""
     for i, image in enumerate(TRAIN):
         name = ("bus", "train", "<b>Straße", "10")[i % 4]
-        path = tmp_path / "data" / name / ("deep/er" if i % 3 else ".") / f"{i}.PNG"
+        path = tmp_path / "data" / name / ("deep/er" if i % 4 == 0 else ".") / f"{i}.PNG"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(png(image[: 20 + i % 5]))
     for name in ("empty", ".ipynb_checkpoints", "elsewhere"):
@@ -454,8 +454,7 @@ def test_pickles_that_hold_more_than_arrays_of_integers_are_refused(tmp_path: Pa
     cifar10_pickles(tmp_path / "cifar10")
     path = tmp_path / "cifar10" / "data_batch_3"
     for data, message in (
-        (np.array([Hostile(tmp_path)], dtype=object), "which no image file needs"),
-        (np.array([None, {}], dtype=object), "an array of type 'O8'"),
+        (np.array([Hostile(tmp_path)], dtype=object), "an array of type 'O8'"),
         (rows.astype(np.float32), "an array of type 'f4'"),
         (Reduced(codecs.encode, ("x", "zlib")), "the encoding 'zlib'"),
         (Reduced(np.ndarray, ((2**40,),)), "cannot be read"),
@@ -476,8 +475,8 @@ def test_pickles_that_hold_more_than_arrays_of_integers_are_refused(tmp_path: Pa
 def test_files_that_claim_or_unpack_to_more_than_memory_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(image_data, "MAX_UNPACKED", 2**16)
-    monkeypatch.setattr(image_data, "CHUNK_BYTES", 2**12)
+    monkeypatch.setattr(image_files, "MAX_UNPACKED", 2**16)
+    monkeypatch.setattr(image_files, "CHUNK_BYTES", 2**12)
     folder = tmp_path / "mnist"
     folder.mkdir()
     write_idx(folder, pictures(40, 28, 1), labels(40), "train", False)
@@ -503,18 +502,21 @@ def test_archives_that_are_damaged_within_or_unpack_to_too_much_are_refused(
     archive = tmp_path / "cifar10" / "cifar-10-binary.tar.gz"
     whole = archive.read_bytes()
     archive.write_bytes(whole[:9000] + b"nonsense" * 100 + whole[9800:])
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match=r"tar\.gz is damaged"):
         load_image_dataset("cifar10", data_dir=tmp_path)
     archive.write_bytes(whole)
-    monkeypatch.setattr(image_data, "MAX_UNPACKED", 2**12)
-    monkeypatch.setattr(image_data, "CHUNK_BYTES", 2**12)
+    monkeypatch.setattr(image_files, "MAX_UNPACKED", 2**12)
+    monkeypatch.setattr(image_files, "CHUNK_BYTES", 2**12)
     with pytest.raises(UserError, match="unpacks to more"):
         load_image_dataset("cifar10", data_dir=tmp_path)
 
 
-def test_an_image_of_more_pixels_than_anyone_has_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no readable image"):
-        decode(encoded(Image.new("1", (20_000, 20_000))), "x", None)
+def test_an_image_of_more_pixels_than_anyone_has_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # 90 million
+    with pytest.raises(UserError, match="decompression bomb"):
+        decode(encoded(Image.new("1", (50, 50))), "x", None)
 
 
 def cut(path: Path, share: float = 0.6) -> None:

@@ -270,7 +270,6 @@ def test_class_maps_point_at_what_tells_the_classes_apart() -> None:
         (["--epochs", "0"], "--epochs must be at least 1"),
         (["--limit", "0"], "--limit must be at least 1"),
         (["--head-dropout", "0.5"], "--head-dropout needs --head fully_connected"),
-        (["--model", "nin-cifar10", "--image-size", "128"], "zca whitening"),
     ],
 )
 def test_a_mistake_is_a_sentence(arguments: list[str], message: str, script: Script) -> None:

@@ -98,7 +98,7 @@ def _gunzip(path: Path) -> bytes:
         raise UserError(f"{path} is damaged ({error}); download it again") from error
 
 
-def _bounded(file: IO[bytes], name: str) -> bytes:
+def _bounded(file: IO[bytes] | gzip.GzipFile, name: str) -> bytes:
     """All of a file that is unpacked while it is read, which may be larger than it looks."""
     chunks: list[bytes] = []
     while chunk := file.read(CHUNK_BYTES):

@@ -143,13 +143,14 @@ def _section(
     other = truth if truth != answer else int(order[1])
     background = f'<img class="pixels" alt="" src="{_png(image)}">'
     figures = [f'<div class="stack">{background}</div><figcaption>image</figcaption>']
-    strongest = 0.0 if maps is None else max(float(np.abs(maps).max()), 1e-9)
-    for k in () if maps is None else (answer, other):
-        overlay = f'<img alt="" src="{_png(_shade(maps[..., k] / strongest))}">'
-        figures.append(
-            f'<div class="stack">{background}{overlay}</div>'
-            f"<figcaption>{escape(names[k])}<br>{probabilities[k]:.1%}</figcaption>"
-        )
+    if maps is not None:
+        strongest = max(float(np.abs(maps).max()), 1e-9)
+        for k in (answer, other):
+            overlay = f'<img alt="" src="{_png(_shade(maps[..., k] / strongest))}">'
+            figures.append(
+                f'<div class="stack">{background}{overlay}</div>'
+                f"<figcaption>{escape(names[k])}<br>{probabilities[k]:.1%}</figcaption>"
+            )
     verdict = names[answer] if answer == truth else f"{names[answer]}, truly {names[truth]}"
     return (
         f'<section class="{"right" if answer == truth else "wrong"}"><p>{escape(verdict)}</p>'

@@ -177,7 +177,7 @@ def _find(name: str, data_dir: Path | None, size: int | None) -> tuple[str, Foun
         return str(path), read_folder(path, size)
     if path.exists():
         raise UserError(f"{name} is a file; give the folder that holds it")
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if name.strip("/").count("/") != 1 or name.startswith((".", "/", "~")):
         raise UserError(
             f"there is no data set {name!r}: it is not a folder, not a hub id (owner/name), and "
             f"not one of {', '.join([BUILT_IN, *KNOWN])}"

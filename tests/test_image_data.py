@@ -559,6 +559,8 @@ def test_a_truncated_idx_file_is_said_to_be_one(zipped: bool, tmp_path: Path) ->
 def test_what_cannot_be_found_is_said_with_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no data set 'digit'"):
         load_image_dataset("digit")
+    with pytest.raises(UserError, match="no data set 'photos/'"):
+        load_image_dataset("photos/")
     with pytest.raises(UserError, match="--dataset is empty"):
         load_image_dataset("")
     (tmp_path / "aside.tar").touch()

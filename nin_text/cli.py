@@ -24,6 +24,10 @@ DISK_FULL = (
     "PytorchStreamWriter failed",
     "inline_container.cc",
 )
+TOO_LITTLE_MEMORY = (
+    "there is too little memory; lower --batch-tokens or --max-length (of images: --batch-size or "
+    "--image-size)"
+)
 FILE_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR),
     *(errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
@@ -115,9 +119,9 @@ def resource_message(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno in FILE_ERRORS:
         return f"cannot write or read {error.filename or 'a file'}: {error.strerror}"
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return "there is too little memory; lower --batch-tokens or --max-length"
+        return TOO_LITTLE_MEMORY
     if "DefaultCPUAllocator" in text:  # torch's word for the same on a CPU
-        return "there is too little memory; lower --batch-tokens or --max-length"
+        return TOO_LITTLE_MEMORY
     return None
 
 

@@ -14,6 +14,8 @@ from transformers.models.auto.configuration_auto import AutoConfig
 
 # The problem type of models each of whose classes is an answer of its own.
 MULTI_LABEL: Final = "multi_label_classification"
+# Values of an image that can be whitened: the matrix then takes 600 MB.
+MAX_WHITENED: Final = 3 * 64**2
 
 # What the presets of our own have in common. Stride 1, so that there is evidence for each token.
 _RESIDUAL: dict[str, Any] = {
@@ -260,7 +262,7 @@ class NiNImageConfig(PreTrainedConfig):
     rectified_logits: bool = False
     hidden_dropout: float | int = 0.0
     head_dropout: float | int = 0.0
-    initializer_std: float | None = None
+    initializer_std: float | int | None = None
     normalization: Literal["channel", "zca"] = "channel"
     shift: int = 0
     flip: bool = False
@@ -289,6 +291,14 @@ class NiNImageConfig(PreTrainedConfig):
             raise ValueError("image size, channels, kernel sizes and strides must be positive")
         if not set(self.pool) <= {"max", "average", "none"}:
             raise ValueError(f"pool must hold max, average and none, not {self.pool}")
+        values = self.num_channels * self.image_size**2
+        if self.normalization == "zca" and values > MAX_WHITENED:
+            raise ValueError(
+                f"zca whitening of {values:,} values an image takes a matrix of their square; up "
+                f"to {MAX_WHITENED:,} can be had, 64 pixels a side of RGB"
+            )
+        if self.initializer_std is not None and self.initializer_std <= 0:
+            raise ValueError(f"initializer_std must be positive, not {self.initializer_std}")
         for name in ("hidden_dropout", "head_dropout", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), not {getattr(self, name)}")

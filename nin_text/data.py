@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,7 +14,15 @@ from typing import Any
 from nin_text import demo_data, readers
 from nin_text.errors import UserError
 from nin_text.readers import Table
-from nin_text.splits import announce, finish_splits, subset
+from nin_text.splits import (
+    announce,
+    check_present,
+    finish_splits,
+    is_empty,
+    label_indices,
+    label_names_of,
+    subset,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -169,9 +176,9 @@ def load_text_dataset(
         notes.append(f"partial training set: {rows:,} of the {raw.train_rows:,} rows of {name}")
     given = list(raw.label_names or []) if usual_column else []
     given = given or raw.names_by_column.get(label_column or "", [])
-    label_names = _label_names(given, columns)
+    label_names = label_names_of(given, {split: part[1] for split, part in columns.items()})
     splits = {
-        split: Split(texts, _label_indices(labels, label_names, split))
+        split: Split(texts, label_indices(labels, label_names, split))
         for split, (texts, labels) in columns.items()
     }
     if "unsupervised" in splits:
@@ -207,14 +214,14 @@ def load_split(
     Raises:
         UserError: also if the data has a class that the model does not know.
     """
-    path = _path(name)
+    path = local_path(name)
     if path.is_file():
         notes: list[str] = []
         columns = None if text_column is None else (text_column,)
         table = readers.read_file(path)
         texts, labels = _columns(table, path.name, columns, label_column, drop_empty, notes)
-        _check_present({path.name: (texts, labels)})
-        part = Split(texts, _label_indices(labels, label_names, path.name))
+        check_present({path.name: labels})
+        part = Split(texts, label_indices(labels, label_names, path.name))
         return (part if limit is None else subset(part, limit)), str(path), notes
     data = load_text_dataset(
         name,
@@ -228,7 +235,7 @@ def load_split(
     if data.label_names != list(label_names):
         part = Split(
             part.texts,
-            _label_indices([data.label_names[label] for label in part.labels], label_names, split),
+            label_indices([data.label_names[label] for label in part.labels], label_names, split),
         )
     return part, data.source, data.notes
 
@@ -236,7 +243,12 @@ def load_split(
 # ---- finding -----------------------------------------------------------------------------------
 
 
-def _path(name: str) -> Path:
+def local_path(name: str) -> Path:
+    """What `--dataset` names, as a path, whether there is such a file or not.
+
+    Raises:
+        UserError: if it can be none.
+    """
     if not name:
         raise UserError("--dataset is empty; give a name, a file, a folder or a hub id")
     try:
@@ -254,7 +266,7 @@ def _find(name: str, data_dir: Path | None) -> _Raw:
         return _Raw("generated", tables, ("text",), "label", demo_data.LABELS[name])
     if name in KNOWN:
         return _find_known(name, data_dir)
-    path = _path(name)
+    path = local_path(name)
     if path.is_dir():
         return _read_folder(path)
     if path.exists():
@@ -287,8 +299,8 @@ def _find_known(name: str, data_dir: Path | None) -> _Raw:
 
 
 def _read_folder(folder: Path) -> _Raw:
-    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        return _from_disk(folder)
+    if (saved := load_from_disk(folder)) is not None:
+        return _from_datasets(saved, str(folder))
     files = readers.split_files(folder)
     if files:
         raw = _Raw(str(folder), {})
@@ -318,14 +330,20 @@ def _read_folder(folder: Path) -> _Raw:
     return _Raw(str(folder), {"train": partial(readers.read_class_folders, folder)})
 
 
-def _from_disk(folder: Path) -> _Raw:
+def load_from_disk(folder: Path) -> Any:
+    """What `save_to_disk` of `datasets` left in a folder; None if it holds something else.
+
+    Raises:
+        UserError: if it is damaged.
+    """
+    if not any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        return None
     import datasets
 
     try:
-        loaded = datasets.load_from_disk(str(folder))
+        return datasets.load_from_disk(str(folder))
     except Exception as error:
         raise UserError(f"{folder} is not a readable saved data set ({error})") from error
-    return _from_datasets(loaded, str(folder))
 
 
 def _from_hub(hub_id: str, places: list[str]) -> _Raw:
@@ -444,7 +462,7 @@ def _columns(
         if label_column in text_columns:
             raise UserError(f"the text and the label cannot both be column {label_column!r}")
         labels = table[label_column]
-    empty = [i for i, text in enumerate(texts) if _is_empty(text)]
+    empty = [i for i, text in enumerate(texts) if is_empty(text)]
     if empty and not drop_empty:
         raise UserError(
             f"{len(empty)} of {len(texts)} texts of the {split} split are empty or missing "
@@ -462,68 +480,3 @@ def _columns(
             f"(row {wrong + 1}); name the text column with --text-column"
         )
     return texts, labels
-
-
-def _is_empty(value: Any) -> bool:
-    missing = value is None or (isinstance(value, float) and math.isnan(value))
-    return missing or (isinstance(value, str) and not value.strip())
-
-
-def _label_key(value: Any) -> int | str:
-    """A label as a number where it is one (1, 1.0, "1", True), else as text."""
-    if isinstance(value, (list, tuple, dict)):
-        raise UserError("labels must be single values, not lists")
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, (bool, int)):
-        return int(value)
-    text = str(value).strip()
-    number = text.isdecimal() and text.isascii() and len(text) < 19 and str(int(text)) == text
-    return int(text) if number else text
-
-
-def _label_names(
-    given: list[str], columns: dict[str, tuple[list[str], list[Any] | None]]
-) -> list[str]:
-    """Class names by index: those that the data set brings, or its training labels in order."""
-    _check_present(columns)
-    reference = columns.get("train") or next(iter(columns.values()))
-    keys = {_label_key(label) for label in reference[1] or []}
-    if given and keys <= set(range(len(given))):
-        return given
-    numbers = sorted(key for key in keys if isinstance(key, int))
-    words = sorted(key for key in keys if isinstance(key, str))
-    return [str(key) for key in [*numbers, *words]]
-
-
-def _check_present(columns: dict[str, tuple[list[str], list[Any] | None]]) -> None:
-    for split, (_, labels) in columns.items():
-        bad = [i for i, label in enumerate(labels or []) if _is_empty(label)]
-        if bad:
-            raise UserError(
-                f"{len(bad)} of {len(labels or [])} labels of the {split} split are missing or "
-                f"NaN (the first in row {bad[0] + 1}); correct these rows or leave them out"
-            )
-
-
-def _label_indices(labels: list[Any] | None, names: Sequence[str], split: str) -> list[int]:
-    """Class indices from labels that are names, indices, or either as text."""
-    index = {name: i for i, name in enumerate(names)}
-    # Numbers count classes only where no class is itself named by a number: a label 0 beside the
-    # classes "1" and "2" is unknown, not the first of them.
-    named_by_number = any(isinstance(_label_key(name), int) for name in names)
-    if labels is None:
-        return []
-    result = []
-    for row, label in enumerate(labels):
-        key = _label_key(label)
-        if str(key) in index:
-            result.append(index[str(key)])
-        elif isinstance(key, int) and not named_by_number and 0 <= key < len(names):
-            result.append(key)
-        else:
-            raise UserError(
-                f"the {split} split has the label {label!r} (row {row + 1}), which is not among "
-                f"the classes trained on: {', '.join(map(repr, names[:20]))}"
-            )
-    return result

@@ -67,9 +67,14 @@ class InputNormalization(nn.Module):
     def fit(self, images: Tensor) -> None:
         """Take mean and scale from (n, H, W, C) uint8 training images."""
         if not self.whiten:
-            pixels = images.flatten(0, 2).double() / 255  # (n * H * W, C)
-            self.mean.copy_(pixels.mean(0))
-            self.scale.copy_(1 / pixels.std(0).clamp(min=1e-3))
+            # From how often each value occurs: as floats, pixels would take eight times the room.
+            values = torch.arange(256, dtype=torch.float64) / 255
+            for i, plane in enumerate(images.unbind(-1)):
+                share = plane.flatten().bincount(minlength=256) / plane.numel()  # (256,)
+                mean = (share * values).sum()
+                deviation = (share * (values - mean) ** 2).sum().sqrt()
+                self.mean[i] = mean
+                self.scale[i] = 1 / deviation.clamp(min=1e-3)
             return
         x = _normalize_contrast(images.flatten(1).float() / 255)  # (n, D)
         mean = x.mean(0)
@@ -81,11 +86,12 @@ class InputNormalization(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) values between 0 and 1 to the same shape, in float32."""
+        mean, scale = self.mean.float(), self.scale.float()
         with torch.autocast(x.device.type, enabled=False):
             if not self.whiten:
-                return (x.float() - self.mean) * self.scale
+                return (x.float() - mean) * scale
             flat = _normalize_contrast(x.flatten(1).float())  # (B, H * W * C)
-            return ((flat - self.mean) @ self.scale).view(x.shape)
+            return ((flat - mean) @ scale).view(x.shape)
 
 
 def _normalize_contrast(flat: Tensor) -> Tensor:
@@ -101,7 +107,7 @@ def augment(x: Tensor, *, shift: int = 0, flip: bool = False, erase: int = 0) ->
     Args:
         x: (B, H, W, C), normalized: what is moved in from outside, or erased, becomes 0.
         shift: most pixels by which an image is moved in either direction.
-        flip: mirror every second image left to right.
+        flip: mirror images left to right, each with probability 1/2.
         erase: side of a square blotted out around a random pixel (DeVries & Taylor 2017, arXiv
             1708.04552).
     """
@@ -135,6 +141,8 @@ class NiNImageForImageClassification(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = "image"
     accepts_loss_kwargs = True
+    # A matrix that whitens has entries that cancel, which fewer digits would spoil.
+    _keep_in_fp32_modules_strict = ["normalization"]
 
     def __init__(self, config: NiNImageConfig) -> None:
         super().__init__(config)
@@ -189,7 +197,7 @@ class NiNImageForImageClassification(PreTrainedModel):
         expected = (self.config.image_size, self.config.image_size, self.config.num_channels)
         if x.shape[1:] != expected:
             raise ValueError(f"images must be (H, W, C) = {expected}, not {tuple(x.shape[1:])}")
-        x = self.normalization(x)
+        x = self.normalization(x).to(self.classifier.weight.dtype)
         if self.training:
             config = self.config
             x = augment(x, shift=config.shift, flip=config.flip, erase=config.erase)

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import io
 import logging
 import os
-import pickle
-import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from nin_text.data import load_from_hub
+from nin_text.data import load_from_disk, load_from_hub, local_path
 from nin_text.errors import UserError
+from nin_text.image_files import Files, Found, Splits, files_of, read_known_format
 from nin_text.readers import SPLIT_NAMES
-from nin_text.splits import announce, finish_splits, stratified
+from nin_text.splits import announce, finish_splits, label_indices, label_names_of, stratified
 
 logger = logging.getLogger(__name__)
 
@@ -34,28 +31,38 @@ DIGITS_TEST_SHARE = 0.2
 
 @dataclass(frozen=True)
 class Known:
-    """A well-known data set: its id on the hub, and its class names by index (None: as found)."""
+    """A well-known data set.
+
+    Attributes:
+        hub_id: its id on the hub.
+        labels: class names by index; None to take those that the data set brings.
+        train_images: size of the whole training set, to say so when a copy holds a part of it.
+        configuration: which of the hub's configurations.
+    """
 
     hub_id: str
     labels: tuple[str, ...] | None
+    train_images: int
     configuration: str | None = None
 
 
 KNOWN = {
-    "mnist": Known("ylecun/mnist", tuple("0123456789")),
+    "mnist": Known("ylecun/mnist", tuple("0123456789"), 60_000),
     "fashion_mnist": Known(
         "zalando-datasets/fashion_mnist",
         (
             *("T-shirt/top", "trouser", "pullover", "dress", "coat"),
             *("sandal", "shirt", "sneaker", "bag", "ankle boot"),
         ),
+        60_000,
     ),
     "cifar10": Known(
         "uoft-cs/cifar10",
         tuple("airplane automobile bird cat deer dog frog horse ship truck".split()),
+        50_000,
     ),
-    "cifar100": Known("uoft-cs/cifar100", None),
-    "svhn": Known("ufldl-stanford/svhn", tuple("0123456789"), "cropped_digits"),
+    "cifar100": Known("uoft-cs/cifar100", None, 50_000),
+    "svhn": Known("ufldl-stanford/svhn", tuple("0123456789"), 73_257, "cropped_digits"),
 }
 BUILT_IN = "digits"
 
@@ -99,18 +106,6 @@ class ImageDataset:
         return digest.hexdigest()[:16]
 
 
-# Images, of one size (n, H, W, C) or of many (H, W, C) each, and their label indices.
-Splits = dict[str, tuple[np.ndarray | list[np.ndarray], list[int]]]
-
-
-@dataclass
-class Found:
-    """What a reader finds: splits of uint8 images, and class names if any."""
-
-    splits: Splits
-    label_names: Sequence[str] | None = None
-
-
 def load_image_dataset(
     name: str,
     *,
@@ -131,51 +126,63 @@ def load_image_dataset(
     Raises:
         UserError: whatever is wrong with the data, in one sentence.
     """
-    source, found = _find(name, data_dir)
+    source, found = _find(name, data_dir, image_size)
     if "train" not in found.splits:
-        raise UserError(f"{source} has no training images")
+        raise UserError(f"{source} has no training images (a file or folder named train)")
     notes: list[str] = []
+    if (there := len(found.splits["train"][1])) < found.train_images:
+        notes.append(
+            f"partial training set: {there:,} of the {found.train_images:,} images of {name}"
+        )
+    names = list(found.label_names or [])
+    names = names or label_names_of([], {split: part[1] for split, part in found.splits.items()})
     splits = {}
     size = image_size or _own_size(found)
     grey = all(image.shape[-1] == 1 for images, _ in found.splits.values() for image in images)
     for split, (images, labels) in found.splits.items():
         if len(images) != len(labels):
             raise UserError(f"{source} has {len(images)} images and {len(labels)} labels ({split})")
-        splits[split] = ImageSplit(_of_one_size(images, size, grey, split), labels)
-    most = 1 + max((max(part.labels, default=-1) for part in splits.values()), default=-1)
-    names = [str(label) for label in found.label_names or range(most)]
-    if most > len(names) or min(min(part.labels, default=0) for part in splits.values()) < 0:
-        raise UserError(f"{source} has labels that are not among its {len(names)} classes")
+        indices = label_indices(labels, names, split)
+        splits[split] = ImageSplit(_of_one_size(images, size, grey, split), indices)
     splits = finish_splits(splits, names, notes, limit)
     announce(name, source, names, splits, notes)
     return ImageDataset(name, source, names, splits, notes)
 
 
-def _find(name: str, data_dir: Path | None) -> tuple[str, Found]:
-    """Where a data set was found, in words, and what was found there."""
+def _find(name: str, data_dir: Path | None, size: int | None) -> tuple[str, Found]:
+    """Where a data set was found, in words, and what was found there.
+
+    Args:
+        size: see `decode`.
+    """
     if name == BUILT_IN:
         return "scikit-learn", _read_digits()
     if name in KNOWN:
         known = KNOWN[name]
         folders = [data_dir, os.environ.get("NIN_TEXT_DATA"), "data"]
         places = [Path(folder) / name for folder in folders if folder]
+        source = f"hub:{known.hub_id}"
         for place in places:
             if place.is_dir():
-                found = read_folder(place)
-                found.label_names = found.label_names or known.labels
-                return str(place), found
-        found = _from_hub(known.hub_id, [str(place) for place in places], known.configuration)
+                source, found = str(place), read_folder(place, size)
+                break
+        else:
+            looked_in = [str(place) for place in places]
+            found = _from_hub(known.hub_id, looked_in, known.configuration, size)
         found.label_names = found.label_names or known.labels
-        return f"hub:{known.hub_id}", found
-    path = Path(name).expanduser()
+        found.train_images = known.train_images
+        return source, found
+    path = local_path(name)
     if path.is_dir():
-        return str(path), read_folder(path)
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        return str(path), read_folder(path, size)
+    if path.exists():
+        raise UserError(f"{name} is a file; give the folder that holds it")
+    if name.strip("/").count("/") != 1 or name.startswith((".", "/", "~")):
         raise UserError(
             f"there is no data set {name!r}: it is not a folder, not a hub id (owner/name), and "
             f"not one of {', '.join([BUILT_IN, *KNOWN])}"
         )
-    return f"hub:{name}", _from_hub(name, [], None)
+    return f"hub:{name}", _from_hub(name, [], None, size)
 
 
 def _read_digits() -> Found:
@@ -219,20 +226,38 @@ def _of_one_size(
     return scaled
 
 
-def decode(data: bytes | Path, name: str) -> np.ndarray:
+def decode(data: bytes | Path, name: str, size: int | None) -> np.ndarray:
     """(H, W, C) uint8 of an encoded image: one channel if it is grey, else RGB.
+
+    It is read as `pipeline("image-classification")` reads it: upright, transparency left out, of
+    an animation the first image.
+
+    Args:
+        data: the bytes of the file, or its path.
+        name: for messages.
+        size: height and width to scale to. None to do so only with what certainly will be, since a
+            folder of photographs as they are does not fit into memory: to DEFAULT_SIZE, what is no
+            square of at most LARGEST_OWN_SIZE pixels a side.
 
     Raises:
         UserError: if it cannot be read.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(data if isinstance(data, Path) else io.BytesIO(data)) as picture:
-            grey = picture.mode in ("1", "L")
-            pixels = np.asarray(picture.convert("L" if grey else "RGB"))
+            if picture.mode[0] in "IF":  # which the pipeline would clip at 255
+                raise ValueError("it has more than 8 bits a pixel; save it with 8")
+            grey = picture.mode in ("1", "L", "LA")
+            upright = ImageOps.exif_transpose(picture).convert("L" if grey else "RGB")
+        width, height = upright.size
+        small = width == height <= LARGEST_OWN_SIZE
+        wanted = size or (width if small else DEFAULT_SIZE)
+        if upright.size != (wanted, wanted):
+            upright = upright.resize((wanted, wanted), Image.Resampling.BILINEAR)
+        pixels = np.asarray(upright)
     except Exception as error:  # of many types, one for each format
-        reason = " ".join(str(error).split())[:160]
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise UserError(f"{name} is no readable image ({reason}); remove or replace it") from error
     return pixels[..., None] if grey else pixels
 
@@ -240,273 +265,100 @@ def decode(data: bytes | Path, name: str) -> np.ndarray:
 # ---- folders -----------------------------------------------------------------------------------
 
 
-def read_folder(folder: Path) -> Found:
+def read_folder(folder: Path, size: int | None = None) -> Found:
     """Read a folder in any of the layouts that `data/README.md` lists.
+
+    Args:
+        folder: where the files are.
+        size: see `decode`.
 
     Raises:
         UserError: if there is none of them, or a file is damaged.
     """
-    files = dict(_files(folder))
-    for read in (_read_idx, _read_cifar_binary, _read_cifar_pickles, _read_mat, _read_parquet):
-        try:
-            splits = read(files)
-        except UserError:
-            raise
-        except Exception as error:  # whatever a damaged file provokes
-            reason = " ".join(str(error).split())[:160]
-            raise UserError(f"the image files in {folder} cannot be read ({reason})") from error
-        if splits is not None:
-            return splits
-    if (folder / "dataset_dict.json").is_file():
-        import datasets
-
-        return _from_datasets(datasets.load_from_disk(str(folder)), str(folder))
-    return _read_class_folders(folder)
-
-
-def _files(folder: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
-    """Names of the files in a folder, in its subfolders and archives, and what reads each.
-
-    Archives are read in place: nothing is extracted, so a name in one cannot point anywhere.
-    """
-    for path in sorted([*folder.iterdir(), *folder.glob("cifar-*/*")]):
-        if path.name.endswith((".tar.gz", ".tgz", ".tar")):
-            yield from _members(path)
-        elif path.is_file():
-            name = path.name.removesuffix(".gz")
-            yield name, (partial(_gunzip, path) if name != path.name else path.read_bytes)
-
-
-def _members(archive: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
-    def read(member: tarfile.TarInfo) -> bytes:
-        with tarfile.open(archive) as file:
-            content = file.extractfile(member)
-            return b"" if content is None else content.read()
-
     try:
-        with tarfile.open(archive) as file:
-            members = [member for member in file.getmembers() if member.isfile()]
-    except (OSError, EOFError, tarfile.TarError) as error:
-        raise UserError(f"{archive} is damaged ({error}); download it again") from error
-    for member in members:
-        yield Path(member.name).name, partial(read, member)
+        files = files_of(folder)
+        if (found := read_known_format(files)) is not None:
+            return found
+        saved = load_from_disk(folder) or _read_parquet(files)
+        if saved is not None:
+            return _from_datasets(saved, str(folder), size)
+        return _read_class_folders(folder, size)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a damaged file provokes
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise UserError(f"the images in {folder} cannot be read ({reason})") from error
 
 
-def _gunzip(path: Path) -> bytes:
-    try:
-        return gzip.decompress(path.read_bytes())
-    except (OSError, EOFError) as error:
-        raise UserError(f"{path} is damaged ({error}); download it again") from error
-
-
-Files = dict[str, Callable[[], bytes]]
-
-
-def _read_idx(files: Files) -> Found | None:
-    """MNIST's own format (LeCun et al. 1998): a header of big-endian sizes, then the bytes."""
-    names = {"train": "train", "test": "t10k"}
-    if f"{names['train']}-images-idx3-ubyte" not in files:
-        return None
-    splits: Splits = {}
-    for split, name in names.items():
-        if f"{name}-images-idx3-ubyte" in files:
-            images = _idx(files, f"{name}-images-idx3-ubyte", 3)
-            labels = _idx(files, f"{name}-labels-idx1-ubyte", 1)
-            splits[split] = (images[..., None], labels.tolist())
-    return Found(splits)
-
-
-def _idx(files: Files, name: str, dims: int) -> np.ndarray:
-    if name not in files:
-        raise UserError(f"the file {name} is missing beside the others")
-    data = files[name]()
-    shape = tuple(int(size) for size in np.frombuffer(data[4 : 4 + 4 * dims], ">u4"))
-    values = np.frombuffer(data, np.uint8, offset=min(len(data), 4 + 4 * dims))
-    if data[:4] != bytes((0, 0, 8, dims)) or len(shape) != dims or values.size != np.prod(shape):
-        raise UserError(f"{name} is damaged or cut short; download it again")
-    return values.reshape(shape)
-
-
-def _read_cifar_binary(files: Files) -> Found | None:
-    """The "binary version": records of one label byte (CIFAR-100: coarse, fine) and 3,072 bytes."""
-    ten = {
-        "train": [name for name in sorted(files) if name.startswith("data_batch_")],
-        "test": ["test_batch.bin"],
-    }
-    ten["train"] = [name for name in ten["train"] if name.endswith(".bin")]
-    hundred = {"train": ["train.bin"], "test": ["test.bin"]}
-    for parts, label_bytes in ((ten, 1), (hundred, 2)):
-        if not parts["train"] or parts["train"][0] not in files:
-            continue
-        splits: Splits = {}
-        for split, names in parts.items():
-            data = b"".join(files[name]() for name in names if name in files)
-            if not data:
-                continue
-            if len(data) % (label_bytes + 3072):
-                raise UserError(f"{names[0]} is cut short; download it again")
-            records = np.frombuffer(data, np.uint8).reshape(-1, label_bytes + 3072)
-            labels = records[:, label_bytes - 1].tolist()
-            splits[split] = (_planes(records[:, label_bytes:]), labels)
-        names_file = "batches.meta.txt" if label_bytes == 1 else "fine_label_names.txt"
-        label_names = files[names_file]().decode().split() if names_file in files else None
-        return Found(splits, label_names)
-    return None
-
-
-def _planes(values: np.ndarray) -> np.ndarray:
-    """(n, 3072) red, green and blue planes to (n, 32, 32, 3)."""
-    return np.ascontiguousarray(values.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Reads pickles of dicts, lists, strings and arrays, and refuses everything else.
-
-    CIFAR's "Python version" is pickled. A pickle may name any function and have it called; here it
-    can name only what an array is made of.
-    """
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("_codecs", "encode"):
-            import codecs
-
-            return codecs.encode
-        if module.startswith("numpy") and name == "_reconstruct":
-            from numpy._core import multiarray
-
-            return getattr(multiarray, name)
-        if module == "numpy" and name in ("ndarray", "dtype"):
-            return getattr(np, name)
-        raise UserError(f"a batch file asks for {module}.{name}, which no image file needs")
-
-
-def _read_cifar_pickles(files: Files) -> Found | None:
-    """The "Python version": pickled dicts of planes and labels."""
-    ten = {
-        "train": [f"data_batch_{i}" for i in range(1, 6) if f"data_batch_{i}" in files],
-        "test": ["test_batch"],
-    }
-    hundred = {"train": ["train"], "test": ["test"]}
-    for parts, key, meta, names_key in (
-        (ten, b"labels", "batches.meta", b"label_names"),
-        (hundred, b"fine_labels", "meta", b"fine_label_names"),
-    ):
-        if not parts["train"] or parts["train"][0] not in files:
-            continue
-        splits: Splits = {}
-        for split, names in parts.items():
-            batches = [_unpickle(files, name) for name in names if name in files]
-            if batches:
-                values = np.concatenate([batch[b"data"] for batch in batches])
-                labels = [int(label) for batch in batches for label in batch[key]]
-                splits[split] = (_planes(values.astype(np.uint8)), labels)
-        label_names = None
-        if meta in files:
-            label_names = [name.decode() for name in _unpickle(files, meta)[names_key]]
-        return Found(splits, label_names)
-    return None
-
-
-def _unpickle(files: Files, name: str) -> Any:
-    return _ArrayUnpickler(io.BytesIO(files[name]()), encoding="bytes").load()
-
-
-def _read_mat(files: Files) -> Found | None:
-    """SVHN's cropped digits: X of (32, 32, 3, n), and y, which says 10 for the digit 0."""
-    if "train_32x32.mat" not in files:
-        return None
-    from scipy.io import loadmat
-
-    splits: Splits = {}
-    for split in ("train", "test"):
-        if f"{split}_32x32.mat" in files:
-            data = loadmat(io.BytesIO(files[f"{split}_32x32.mat"]()))
-            images = np.ascontiguousarray(data["X"].transpose(3, 0, 1, 2))
-            splits[split] = (images, (data["y"].ravel().astype(int) % 10).tolist())
-    return Found(splits)
-
-
-def _read_parquet(files: Files) -> Found | None:
-    """Tables as the hub keeps them: encoded images (a struct of bytes and path) and labels."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    splits: Splits = {}
+def _read_parquet(files: Files) -> Any:
+    """Tables as the hub keeps them, as a dict of `datasets.Dataset`; None if there are none."""
+    found: dict[str, Any] = {}
     for split in ("train", "validation", "test"):
         names = [
             name
             for name in sorted(files)
             if name.endswith(".parquet") and name.startswith(SPLIT_NAMES[split])
         ]
-        if not names:
-            continue
-        table = pa.concat_tables([pq.read_table(pa.BufferReader(files[name]())) for name in names])
-        image = _column(table.column_names, IMAGE_COLUMNS, names[0])
-        label = _column(table.column_names, LABEL_COLUMNS, names[0])
-        cells = table[image].to_pylist()
-        bar = tqdm(cells, desc=f"reading {split}", unit="images", leave=False, disable=None)
-        images = [
-            decode(cell["bytes"] if isinstance(cell, dict) else cell, f"row {i + 1} of {names[0]}")
-            for i, cell in enumerate(bar)
-        ]
-        splits[split] = (images, [int(value) for value in table[label].to_pylist()])
-    return Found(splits) if splits else None
+        if names:
+            import datasets
+            import pyarrow as pa
+            import pyarrow.parquet as pq
+
+            tables = [pq.read_table(pa.BufferReader(files[name]())) for name in names]
+            found[split] = datasets.Dataset(pa.concat_tables(tables))
+    return found or None
 
 
-def _column(names: Sequence[str], wanted: Sequence[str], place: str) -> str:
-    for name in wanted:
-        if name in names:
-            return name
-    raise UserError(f"{place} has no column named {' or '.join(wanted)}, only {', '.join(names)}")
-
-
-def _read_class_folders(folder: Path) -> Found:
-    """train/<class>/*.png and test/<class>/*.png, or <class>/*.png alone."""
+def _read_class_folders(folder: Path, size: int | None) -> Found:
+    """train/<class>/**/*.png and test/<class>/**/*.png, or <class>/**/*.png alone."""
     parts = {
         split: folder / name
         for split in ("train", "validation", "test")
         for name in SPLIT_NAMES[split]
-        if (folder / name).is_dir()
+        if (folder / name).is_dir() and _subfolders(folder / name)  # not the class of trains
     }
-    parts = parts or {"train": folder}
-    root = parts.get("train", folder)
-    names = sorted(path.name for path in root.iterdir() if path.is_dir() and path.name[0] != ".")
     splits: Splits = {}
-    for split, part in parts.items():
+    for split, part in (parts or {"train": folder}).items():
         paths = [
-            path
-            for path in sorted(part.glob("*/*"))
-            if path.suffix.lower() in SUFFIXES and path.name[0] != "."
+            (path, classes.name)
+            for classes in _subfolders(part)
+            for path in sorted(classes.rglob("*"))
+            if path.suffix.lower() in SUFFIXES and path.name[0] != "." and path.is_file()
         ]
-        strange = sorted({path.parent.name for path in paths} - set(names))
-        if strange:
-            raise UserError(f"{part} has classes that {root} lacks: {', '.join(strange[:10])}")
         bar = tqdm(paths, desc=f"reading {split}", unit="images", leave=False, disable=None)
-        images = [decode(path, str(path)) for path in bar]
-        splits[split] = (images, [names.index(path.parent.name) for path in paths])
-    if not splits["train"][1]:
+        images = [decode(path, str(path), size) for path, _ in bar]
+        splits[split] = (images, [name for _, name in paths])
+    if not any(labels for _, labels in splits.values()):
         raise UserError(
             f"{folder} holds no images: give a folder with one subfolder of images "
             f"({', '.join(SUFFIXES[:3])}, ...) for each class, or see data/README.md"
         )
+    names = label_names_of([], {split: labels for split, (_, labels) in splits.items()})
     return Found(splits, names)
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
 
 
 # ---- the hub -----------------------------------------------------------------------------------
 
 
-def _from_hub(hub_id: str, places: list[str], configuration: str | None) -> Found:
+def _from_hub(hub_id: str, places: list[str], configuration: str | None, size: int | None) -> Found:
     advice = (
         f"looked in {', '.join(places)}; put the files of the data set there (data/README.md lists "
         f"the layouts), or name the folder above it with --data-dir or NIN_TEXT_DATA"
         if places
         else "give the path of a local copy"
     )
-    return _from_datasets(load_from_hub(hub_id, advice, configuration), f"hub:{hub_id}")
+    return _from_datasets(load_from_hub(hub_id, advice, configuration), f"hub:{hub_id}", size)
 
 
-def _from_datasets(loaded: Any, source: str) -> Found:
-    """A `datasets.Dataset` or `DatasetDict` with a column of images."""
+def _from_datasets(loaded: Any, source: str, size: int | None) -> Found:
+    """A `datasets.Dataset`, or several by the names of their splits, with a column of images.
+
+    Images are encoded: bytes, or a struct of bytes and path.
+    """
     import datasets
 
     parts = loaded if isinstance(loaded, dict) else {"train": loaded}
@@ -520,15 +372,29 @@ def _from_datasets(loaded: Any, source: str) -> Found:
             image = _column(part.column_names, IMAGE_COLUMNS, source)
             label = _column(part.column_names, LABEL_COLUMNS, source)
             feature = part.features[label]
+            labels = list(part[label])
             if isinstance(feature, datasets.ClassLabel):
                 label_names = list(feature.names)
+                # By name, since a class may be named by a number.
+                named = dict(enumerate(label_names))
+                labels = [named.get(value, value) for value in labels]
             part = part.cast_column(image, datasets.Image(decode=False))
-            bar = tqdm(part, desc=f"reading {split}", unit="images", leave=False, disable=None)
-            images, labels = [], []
-            for i, row in enumerate(bar):
-                cell = row[image]
+            bar = tqdm(
+                part[image], desc=f"reading {split}", unit="images", leave=False, disable=None
+            )
+            images = []
+            for i, cell in enumerate(bar):
+                where = f"row {i + 1} of the {split} split of {source}"
+                if cell is None or (cell["bytes"] is None and not cell["path"]):
+                    raise UserError(f"{where} has no image; leave it out")
                 data = cell["bytes"] if cell["bytes"] is not None else Path(cell["path"])
-                images.append(decode(data, f"row {i + 1} of {source}"))
-                labels.append(int(row[label]))
+                images.append(decode(data, where, size))
             splits[split] = (images, labels)
     return Found(splits, label_names)
+
+
+def _column(names: Sequence[str], wanted: Sequence[str], place: str) -> str:
+    for name in wanted:
+        if name in names:
+            return name
+    raise UserError(f"{place} has no column named {' or '.join(wanted)}, only {', '.join(names)}")

@@ -54,7 +54,7 @@ IMAGE_RECIPES: dict[str, dict[str, Any]] = {
 }
 # What a data set needs besides: digits must not be mirrored, and small sets take more passes.
 IMAGE_DATASETS: dict[str, dict[str, Any]] = {
-    "digits": {"epochs": 40, "shift": 1, "batch_size": 64, "ema_decay": 0.99},
+    "digits": {"epochs": 60, "shift": 1, "batch_size": 64, "ema_decay": 0.99},
     "fashion_mnist": {"flip": True, "erase": 8},
     "cifar10": {"flip": True, "shift": 4, "erase": 8},
     "cifar100": {"flip": True, "shift": 4, "erase": 8},
@@ -156,9 +156,11 @@ def with_image_recipe(options: ImageTrainOptions) -> ImageTrainOptions:
     """A copy in which every option left to the recipe is filled in.
 
     Raises:
-        UserError: if there is no such preset.
+        UserError: if there is no such preset, or an option would have no effect.
     """
     check_networks([options.model])
+    if options.head_dropout and options.head != "fully_connected":
+        raise UserError("--head-dropout needs --head fully_connected")
     modern = options.model in ("nin-modern", "nin-tutorial")
     name = options.recipe or ("modern" if modern else "paper")
     recipe = IMAGE_RECIPES[name] | {"recipe": name}

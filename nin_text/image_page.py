@@ -20,7 +20,7 @@ from nin_text.evaluation import softmax
 from nin_text.explain_page import digest, visible
 from nin_text.image import NiNImageForImageClassification
 from nin_text.image_data import ImageSplit
-from nin_text.image_training import predict_image_logits, to_pixel_values
+from nin_text.image_training import images_at_a_time, to_pixel_values
 from nin_text.models import label_names
 
 MAX_IMAGES = 200
@@ -31,6 +31,7 @@ body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem; color: #222; backgro
 main { display: flex; flex-wrap: wrap; gap: 1rem; }
 section { border: 1px solid #ccc; border-radius: 6px; padding: 0.6rem; }
 section.wrong { border-color: #c33; }
+section p { margin: 0 0 0.4rem; max-width: 23.5rem; overflow-wrap: anywhere; }
 .maps { display: flex; gap: 0.5rem; }
 figure { margin: 0; text-align: center; max-width: 7.5rem; }
 .stack { position: relative; width: 7rem; height: 7rem; }
@@ -38,7 +39,10 @@ figure { margin: 0; text-align: center; max-width: 7.5rem; }
 .pixels { image-rendering: pixelated; }
 figcaption { font-size: 0.8rem; overflow-wrap: anywhere; }
 .note { color: #666; max-width: 60rem; }
-@media (prefers-color-scheme: dark) { body { color: #ddd; background: #181818; } }
+@media (prefers-color-scheme: dark) {
+  body { color: #ddd; background: #181818; }
+  .note { color: #999; }
+}
 """
 
 
@@ -76,9 +80,7 @@ def class_maps_html(model: NiNImageForImageClassification, split: ImageSplit, ti
         notes = ["A network with a fully connected head has no class maps; these are its answers."]
     sections = []
     if len(shown):
-        images = torch.from_numpy(shown.images)
-        probabilities = softmax(predict_image_logits(model, images))
-        maps = _maps(model, images)
+        probabilities, maps = _answers(model, torch.from_numpy(shown.images))
         for i, truth in enumerate(shown.labels):
             map_ = None if maps is None else maps[i]
             sections.append(_section(shown.images[i], map_, probabilities[i], truth, names))
@@ -109,17 +111,24 @@ def class_maps_html(model: NiNImageForImageClassification, split: ImageSplit, ti
 """
 
 
-def _maps(model: NiNImageForImageClassification, images: torch.Tensor) -> np.ndarray | None:
-    """(n, h, w, K) class maps beyond the mean of the classes; None if there are none."""
-    if model.head is not None:
-        return None
+def _answers(
+    model: NiNImageForImageClassification, images: torch.Tensor
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Probabilities (n, K), and class maps beyond the mean of the classes (n, h, w, K) if any."""
     was_training = model.training
     model.eval()
+    has_maps = model.head is None
     with torch.inference_mode():
-        output = model(to_pixel_values(images.to(model.device)), output_class_maps=True)
+        outputs = [
+            model(to_pixel_values(batch.to(model.device)), output_class_maps=has_maps)
+            for batch in images.split(images_at_a_time(images))
+        ]
     model.train(was_training)
-    maps = output.class_maps.cpu().numpy()
-    return maps - maps.mean(axis=-1, keepdims=True)
+    probabilities = softmax(np.concatenate([output.logits.cpu().numpy() for output in outputs]))
+    if not has_maps:
+        return probabilities, None
+    maps = np.concatenate([output.class_maps.cpu().numpy() for output in outputs])
+    return probabilities, maps - maps.mean(axis=-1, keepdims=True)
 
 
 def _section(
@@ -134,15 +143,15 @@ def _section(
     other = truth if truth != answer else int(order[1])
     background = f'<img class="pixels" alt="" src="{_png(image)}">'
     figures = [f'<div class="stack">{background}</div><figcaption>image</figcaption>']
-    for k in (answer, other) if maps is not None else ():
-        assert maps is not None
+    if maps is not None:
         strongest = max(float(np.abs(maps).max()), 1e-9)
-        overlay = f'<img alt="" src="{_png(_shade(maps[..., k] / strongest))}">'
-        figures.append(
-            f'<div class="stack">{background}{overlay}</div>'
-            f"<figcaption>{escape(names[k])}<br>{probabilities[k]:.1%}</figcaption>"
-        )
-    verdict = f"{names[answer]}" if answer == truth else f"{names[answer]}, truly {names[truth]}"
+        for k in (answer, other):
+            overlay = f'<img alt="" src="{_png(_shade(maps[..., k] / strongest))}">'
+            figures.append(
+                f'<div class="stack">{background}{overlay}</div>'
+                f"<figcaption>{escape(names[k])}<br>{probabilities[k]:.1%}</figcaption>"
+            )
+    verdict = names[answer] if answer == truth else f"{names[answer]}, truly {names[truth]}"
     return (
         f'<section class="{"right" if answer == truth else "wrong"}"><p>{escape(verdict)}</p>'
         f'<div class="maps">{"".join(f"<figure>{figure}</figure>" for figure in figures)}</div>'

@@ -16,12 +16,11 @@ from nin_text import report, run_folder
 from nin_text.configuration import IMAGE_PRESETS, NiNImageConfig, with_pointwise_layers
 from nin_text.device import keep_freed_memory, pick_device, use_bf16
 from nin_text.errors import UserError
-from nin_text.evaluation import classification_metrics, softmax
 from nin_text.image import NiNImageForImageClassification, map_size
 from nin_text.image_data import ImageDataset, load_image_dataset
 from nin_text.image_options import ImageTrainOptions, with_image_recipe
 from nin_text.image_page import class_maps_html, most_confident_mistakes
-from nin_text.image_training import ImageTensors, ImageTrainer, image_trainer
+from nin_text.image_training import ImageTensors, image_trainer
 from nin_text.options import check
 
 logger = logging.getLogger(__name__)
@@ -81,16 +80,10 @@ def train_image(options: ImageTrainOptions, dataset: ImageDataset | None = None)
     except KeyboardInterrupt:
         logger.error("stopped; the same command with --resume goes on from the last whole epoch")
         raise
-    metrics = _metrics(options, dataset, record, trainer)
+    metrics = run_folder.facts(options, dataset, record, trainer, trainer.seconds)
     answers = {}
     for split in ("validation", "test"):
-        clock = time.perf_counter()
-        logits = trainer.logits(tensors[split], progress=f"evaluating {split}")
-        seconds = round(time.perf_counter() - clock, 2)
-        truth = dataset.splits[split].labels
-        metrics[split] = classification_metrics(logits, truth, dataset.label_names)
-        metrics[split]["seconds"] = seconds
-        answers[split] = softmax(logits).astype(np.float32)
+        metrics[split], answers[split] = run_folder.score(trainer, split, tensors[split], dataset)
     metrics["peak_memory_mb"] = round(report.peak_memory_mb(), 1)
     metrics["total_seconds"] = round(time.perf_counter() - started, 2)
     if trainer.is_world_process_zero():
@@ -159,36 +152,6 @@ def build_image_model(
         logger.warning("the class maps are a single pixel: these images are small for the network")
     model.normalization.fit(torch.from_numpy(images))
     return model
-
-
-def _metrics(
-    options: ImageTrainOptions,
-    dataset: ImageDataset,
-    record: dict[str, Any],
-    trainer: ImageTrainer,
-) -> dict[str, Any]:
-    """Everything about a run but the quality of its answers."""
-    return {
-        "dataset": options.dataset,
-        "data_source": dataset.source,
-        "data_fingerprint": record["data_fingerprint"],
-        "notes": dataset.notes,
-        "label_names": dataset.label_names,
-        "train_examples": len(dataset.splits["train"]),
-        "model": options.model,
-        "architecture": type(trainer.model).__name__,
-        "parameters": sum(p.numel() for p in trainer.model.parameters()),
-        "seed": options.seed,
-        "epochs_run": round(trainer.state.epoch or 0),
-        "best_epoch": run_folder.best_epoch(trainer),
-        "steps": trainer.state.global_step,
-        "train_seconds": round(trainer.seconds, 2),
-        "precision": "bf16" if trainer.args.bf16 else "fp32",
-        "command": report.command(),
-        "options": record,
-        "environment": report.environment(trainer.args.device),
-        "history": trainer.state.log_history,
-    }
 
 
 def _pages(

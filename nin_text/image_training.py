@@ -18,6 +18,7 @@ from nin_text.image_options import IMAGE_RECIPES, ImageTrainOptions
 from nin_text.training import ClassifierTrainer, training_arguments
 
 MOMENTUM = 0.9
+PIXELS_AT_A_TIME = 2**19
 
 
 class ImageTensors(Dataset):
@@ -49,6 +50,11 @@ class ImageTensors(Dataset):
         return np.ones(len(self), dtype=np.int64)
 
 
+def images_at_a_time(images: Tensor) -> int:
+    """How many (n, H, W, C) images to compute in one piece: 512 of 32 pixels a side, 10 of 224."""
+    return max(1, PIXELS_AT_A_TIME // (images.shape[1] * images.shape[2]))
+
+
 def to_pixel_values(images: Tensor) -> Tensor:
     """(B, H, W, C) uint8 to (B, C, H, W) float32 between 0 and 1, channels last in memory."""
     return (images.float() / 255).movedim(-1, 1)
@@ -58,7 +64,6 @@ def predict_image_logits(
     model: PreTrainedModel,
     images: Tensor,
     *,
-    batch_size: int = 512,
     autocast: torch.dtype | None = None,
     progress: str | None = None,
 ) -> np.ndarray:
@@ -67,7 +72,6 @@ def predict_image_logits(
     Args:
         model: any image classifier of transformers.
         images: (n, H, W, C) uint8, on any device.
-        batch_size: images computed at a time.
         autocast: dtype of the matrix products (torch.bfloat16), or None for float32.
         progress: title of a progress bar, or None for no bar.
 
@@ -78,7 +82,7 @@ def predict_image_logits(
     model.eval()
     logits = []
     bar = tqdm(
-        images.split(batch_size),
+        images.split(images_at_a_time(images)),
         desc=progress,
         disable=None if progress else True,
         unit="batches",
@@ -132,14 +136,16 @@ class ImageTrainer(ClassifierTrainer):
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> Any:
-        """A learning rate that falls in steps, or as the Trainer has it."""
+        """A learning rate that rises and falls in steps, or as the Trainer has it."""
         drops = [share * num_training_steps for share in self.recipe["lr_drops"]]
+        rise = self.args.get_warmup_steps(num_training_steps)
         if not drops or self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
         optimizer = optimizer or self.optimizer
         assert optimizer is not None
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: 0.1 ** sum(step >= drop for drop in drops)
+            optimizer,
+            lambda step: min(1, (step + 1) / (rise + 1)) * 0.1 ** sum(step >= d for d in drops),
         )
         return self.lr_scheduler
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from safetensors.numpy import save_file
 
 from nin_text import report
 from nin_text.errors import UserError
+from nin_text.evaluation import classification_metrics, softmax
 from nin_text.training import ClassifierTrainer, last_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -106,6 +108,63 @@ def best_epoch(trainer: ClassifierTrainer) -> int | None:
     return round(epochs[0]) if epochs else None
 
 
+def facts(
+    options: Any,
+    dataset: Any,
+    record: dict[str, Any],
+    trainer: ClassifierTrainer,
+    train_seconds: float,
+) -> dict[str, Any]:
+    """Everything about a run but the quality of its answers; of the last stage, if it has several.
+
+    Args:
+        options: with the recipe filled in.
+        dataset: a `TextDataset` or `ImageDataset`.
+        record: see `essentials`.
+        trainer: of the last stage.
+        train_seconds: of all stages.
+    """
+    return {
+        "dataset": options.dataset,
+        "data_source": dataset.source,
+        "data_fingerprint": record["data_fingerprint"],
+        "notes": dataset.notes,
+        "label_names": dataset.label_names,
+        "train_examples": len(dataset.splits["train"]),
+        "model": options.model,
+        "architecture": type(trainer.model).__name__,
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "seed": options.seed,
+        "epochs_run": round(trainer.state.epoch or 0),
+        "best_epoch": best_epoch(trainer),
+        "steps": trainer.state.global_step,
+        "train_seconds": round(train_seconds, 2),
+        "precision": "bf16" if trainer.args.bf16 else "fp32",
+        "command": report.command(),
+        "options": record,
+        "environment": report.environment(trainer.args.device),
+        "history": trainer.state.log_history,
+    }
+
+
+def score(
+    trainer: ClassifierTrainer, split: str, examples: Any, dataset: Any
+) -> tuple[dict[str, Any], np.ndarray]:
+    """The quality of the answers on a split, and the class probabilities (n, K).
+
+    Args:
+        trainer: whose `best_model` answers.
+        split: "validation" or "test".
+        examples: the split as the trainer takes it.
+        dataset: gives the truth.
+    """
+    clock = time.perf_counter()
+    logits = trainer.logits(examples, progress=f"evaluating {split}")
+    seconds = round(time.perf_counter() - clock, 2)
+    quality = classification_metrics(logits, dataset.splits[split].labels, dataset.label_names)
+    return quality | {"seconds": seconds}, softmax(logits).astype(np.float32)
+
+
 def leave(
     folder: Path,
     metrics: dict[str, Any],
@@ -131,7 +190,7 @@ def leave(
     report.plot_confusion(matrix, metrics["label_names"], aside / "confusion.png")
     for name, text in pages.items():
         report.write_text(aside / name, text)
-    (aside / "README.md").write_text(report.model_card(metrics), encoding="utf-8")
+    report.write_text(aside / "README.md", report.model_card(metrics))
     for name in (report.METRICS_FILE, report.MISTAKES_FILE, report.CLASS_MAPS_FILE):
         (folder / name).unlink(missing_ok=True)
     report.move_files(aside, folder)

@@ -16,7 +16,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from nin_text import models, report, run_folder, stages
 from nin_text.data import TextDataset, load_text_dataset
 from nin_text.device import keep_freed_memory, pick_device
-from nin_text.evaluation import classification_metrics, softmax
 from nin_text.explain_page import mistakes_html
 from nin_text.options import TrainOptions, check, is_nin, with_recipe
 from nin_text.text import NiNTextForSequenceClassification
@@ -90,17 +89,17 @@ def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dic
     except KeyboardInterrupt:
         logger.error("stopped; the same command with --resume goes on from the last whole epoch")
         raise
-    metrics = _metrics(options, dataset, record, trainer, seconds)
+    table = getattr(trainer.model, "ngrams", None)
+    metrics = {
+        **run_folder.facts(options, dataset, record, trainer, sum(seconds.values())),
+        "labelled_fingerprint": dataset.labelled().fingerprint(),
+        "ngram_table_entries": 0 if table is None else table.weight.numel(),
+        "stage_seconds": {stage: round(value, 2) for stage, value in seconds.items()},
+    }
     answers = {}
 
     def score(split: str) -> None:
-        clock = time.perf_counter()
-        logits = trainer.logits(encoded[split], progress=f"evaluating {split}")
-        elapsed = round(time.perf_counter() - clock, 2)
-        truth = dataset.splits[split].labels
-        metrics[split] = classification_metrics(logits, truth, dataset.label_names)
-        metrics[split]["seconds"] = elapsed
-        answers[split] = softmax(logits).astype(np.float32)
+        metrics[split], answers[split] = run_folder.score(trainer, split, encoded[split], dataset)
 
     score("validation")
     mistakes = _mistakes(options, dataset, trainer, tokenizer, answers["validation"])
@@ -123,42 +122,6 @@ def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dic
         pages = {} if mistakes is None else {report.MISTAKES_FILE: mistakes}
         run_folder.leave(folder, metrics, answers, save, pages)
     return run_folder.summary(metrics, folder)
-
-
-def _metrics(
-    options: TrainOptions,
-    dataset: TextDataset,
-    record: dict[str, Any],
-    trainer: TextTrainer,
-    seconds: dict[str, float],
-) -> dict[str, Any]:
-    """Everything about a run but the quality of its answers."""
-    table = getattr(trainer.model, "ngrams", None)
-    return {
-        "dataset": options.dataset,
-        "data_source": dataset.source,
-        "data_fingerprint": record["data_fingerprint"],
-        "labelled_fingerprint": dataset.labelled().fingerprint(),
-        "notes": dataset.notes,
-        "label_names": dataset.label_names,
-        "train_examples": len(dataset.splits["train"]),
-        "model": options.model,
-        "architecture": type(trainer.model).__name__,
-        "parameters": sum(p.numel() for p in trainer.model.parameters()),
-        "ngram_table_entries": 0 if table is None else table.weight.numel(),
-        "seed": options.seed,
-        # What follows, up to the seconds, and the history are of the last stage.
-        "epochs_run": round(trainer.state.epoch or 0),
-        "best_epoch": run_folder.best_epoch(trainer),
-        "steps": trainer.state.global_step,
-        "train_seconds": round(sum(seconds.values()), 2),
-        "stage_seconds": {stage: round(value, 2) for stage, value in seconds.items()},
-        "precision": "bf16" if trainer.args.bf16 else "fp32",
-        "command": report.command(),
-        "options": record,
-        "environment": report.environment(trainer.args.device),
-        "history": trainer.state.log_history,
-    }
 
 
 def _train(

@@ -1,4 +1,4 @@
-"""The splits of a data set of texts or images: those that it lacks, parts of them, and checks."""
+"""What data sets of texts and of images share: splits that they lack, labels, checks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Protocol, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 from nin_text.errors import UserError
 
@@ -138,3 +138,79 @@ def _check_labels(splits: Mapping[str, Examples], names: Sequence[str], notes: l
         if missing:
             shown = ", ".join(names[i] for i in missing[:10])
             notes.append(f"{len(missing)} classes have no example in the {split} split: {shown}")
+
+
+# ---- labels ------------------------------------------------------------------------------------
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a cell of a table holds nothing: None, NaN or blanks."""
+    missing = value is None or (isinstance(value, float) and math.isnan(value))
+    return missing or (isinstance(value, str) and not value.strip())
+
+
+def label_key(value: Any) -> int | str:
+    """A label as a number where it is one (1, 1.0, "1", True), else as text."""
+    if isinstance(value, (list, tuple, dict)):
+        raise UserError("labels must be single values, not lists")
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, (bool, int)):
+        return int(value)
+    text = str(value).strip()
+    number = text.isdecimal() and text.isascii() and len(text) < 19 and str(int(text)) == text
+    return int(text) if number else text
+
+
+def label_names_of(given: list[str], labels: Mapping[str, Sequence[Any] | None]) -> list[str]:
+    """Class names by index: those that the data set brings, or its training labels in order.
+
+    Args:
+        given: names that the data set brings, if any.
+        labels: of each split, as they were found; None where there are none.
+
+    Raises:
+        UserError: if a label is missing.
+    """
+    check_present(labels)
+    reference = labels["train"] if "train" in labels else next(iter(labels.values()))
+    keys = {label_key(label) for label in reference or []}
+    if given and keys <= set(range(len(given))):
+        return given
+    numbers = sorted(key for key in keys if isinstance(key, int))
+    words = sorted(key for key in keys if isinstance(key, str))
+    return [str(key) for key in [*numbers, *words]]
+
+
+def check_present(by_split: Mapping[str, Sequence[Any] | None]) -> None:
+    """Refuse labels that are missing."""
+    for split, labels in by_split.items():
+        bad = [i for i, label in enumerate(labels or []) if is_empty(label)]
+        if bad:
+            raise UserError(
+                f"{len(bad)} of {len(labels or [])} labels of the {split} split are missing or "
+                f"NaN (the first in row {bad[0] + 1}); correct these rows or leave them out"
+            )
+
+
+def label_indices(labels: Sequence[Any] | None, names: Sequence[str], split: str) -> list[int]:
+    """Class indices from labels that are names, indices, or either as text."""
+    index = {name: i for i, name in enumerate(names)}
+    # Numbers count classes only where no class is itself named by a number: a label 0 beside the
+    # classes "1" and "2" is unknown, not the first of them.
+    named_by_number = any(isinstance(label_key(name), int) for name in names)
+    if labels is None:
+        return []
+    result = []
+    for row, label in enumerate(labels):
+        key = label_key(label)
+        if str(key) in index:
+            result.append(index[str(key)])
+        elif isinstance(key, int) and not named_by_number and 0 <= key < len(names):
+            result.append(key)
+        else:
+            raise UserError(
+                f"the {split} split has the label {label!r} (row {row + 1}), which is not among "
+                f"the classes trained on: {', '.join(map(repr, names[:20]))}"
+            )
+    return result

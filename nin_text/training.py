@@ -13,6 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,6 +35,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 from nin_text.device import use_bf16
@@ -306,7 +308,9 @@ class RunTrainer(Trainer):
         checkpoint = last_checkpoint(Path(cast(str, self.args.output_dir)))
         if checkpoint is not None:
             logger.info("resuming from %s", checkpoint)
-            record = json.loads((checkpoint / COMPLETE_FILE).read_text())
+            with _whole(checkpoint):
+                record = json.loads((checkpoint / COMPLETE_FILE).read_text())
+                TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
             if record["stopped"]:  # out of patience: nothing is left but to take the best pass
                 self.args.num_train_epochs = record["epoch"]
         self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -336,18 +340,28 @@ class RunTrainer(Trainer):
             )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        record = json.loads((Path(resume_from_checkpoint) / COMPLETE_FILE).read_text())
-        self.seconds_before = record["seconds"]
-        if self.average is not None:
-            self.average.load(Path(resume_from_checkpoint) / AVERAGE_FILE)
+        with _whole(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            record = json.loads((Path(resume_from_checkpoint) / COMPLETE_FILE).read_text())
+            self.seconds_before = record["seconds"]
+            if self.average is not None:
+                self.average.load(Path(resume_from_checkpoint) / AVERAGE_FILE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _whole(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _whole(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint = self._best_checkpoint()
         if self.average is None:
             super()._load_best_model()
         elif best is not None:
-            self.average.load(Path(best) / AVERAGE_FILE)
+            with _whole(best):
+                self.average.load(Path(best) / AVERAGE_FILE)
 
     def _best_checkpoint(self) -> str | None:
         """Its path now: the run may have been moved, or resumed from another working directory."""
@@ -355,6 +369,19 @@ class RunTrainer(Trainer):
         return (
             None if best is None else str(Path(cast(str, self.args.output_dir)) / Path(best).name)
         )
+
+
+@contextmanager
+def _whole(checkpoint: Path | str | None) -> Iterator[None]:
+    """Turn whatever a damaged checkpoint provokes into one sentence."""
+    try:
+        yield
+    except Exception as error:  # of json, safetensors, torch and pickle
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"the checkpoint {checkpoint} is damaged ({reason}); remove it, or start anew without "
+            f"--resume"
+        ) from error
 
 
 class ClassifierTrainer(RunTrainer):
@@ -559,7 +586,8 @@ def training_arguments(
         # The sampler already gives every process equally many batches.
         accelerator_config={"even_batches": False},
         ddp_find_unused_parameters=find_unused_parameters,
-        ddp_broadcast_buffers=False,  # they are equal everywhere, and never change
+        # They are equal everywhere and never change, or are brought together when it is judged.
+        ddp_broadcast_buffers=False,
     )
     # One process, one device: torch.nn.DataParallel would cut the rows of a batch apart. Several
     # devices are for torchrun.

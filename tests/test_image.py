@@ -323,6 +323,23 @@ def test_what_is_saved_is_what_was_made(tmp_path: Path) -> None:
         assert torch.equal(logits, expected[name]), name
 
 
+@pytest.mark.parametrize("name", ["nin-modern", "nin-cifar10", "fully connected"])
+def test_a_model_loads_in_half_the_bits(name: str, tmp_path: Path) -> None:
+    """And normalizes its input in all of them."""
+    model = make_model(name, rectified_logits=False).eval()
+    model.normalization.fit(random_images(64, 12, 3))
+    model.save_pretrained(tmp_path)
+    half = AutoModelForImageClassification.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    assert half.classifier.weight.dtype == torch.bfloat16
+    assert torch.equal(half.normalization.scale, model.normalization.scale)
+    x = random_images(8, 12, 3).movedim(-1, 1).float() / 255
+    with torch.inference_mode():
+        expected = model(x).logits
+        for logits in (half(x).logits, half.bfloat16()(x.bfloat16()).logits):
+            assert torch.isfinite(logits).all()
+        assert (half(x).logits - expected).norm() < 0.1 * expected.norm()
+
+
 def test_the_auto_classes_know_the_image_models() -> None:
     config = AutoConfig.for_model("nin_image", block_channels=[[8, 8]], kernel_sizes=[[3]])
     assert isinstance(config, NiNImageConfig)
@@ -377,6 +394,7 @@ def test_blocks_with_other_numbers_of_1x1_convolutions() -> None:
         ("strides", [0], "must be positive"),
         ("image_size", -1, "must be positive"),
         ("shift", 32, "shift must be in"),
+        ("initializer_std", -1.0, "initializer_std must be positive"),
         ("hidden_dropout", 1.0, "hidden_dropout must be in"),
         ("norm", "group", "norm"),
         ("head", "linear", "head"),
@@ -387,6 +405,12 @@ def test_a_configuration_that_no_network_can_have_is_refused(
 ) -> None:
     with pytest.raises(Exception, match=message):
         NiNImageConfig(**{field: value})
+
+
+def test_a_matrix_that_does_not_fit_into_memory_is_refused() -> None:
+    with pytest.raises(Exception, match="zca whitening of 3,145,728 values"):
+        NiNImageConfig(image_size=1024, normalization="zca")
+    assert NiNImageConfig(image_size=64, normalization="zca").image_size == 64
 
 
 def test_an_unknown_preset_names_those_that_there_are() -> None:

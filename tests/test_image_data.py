@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import codecs
 import gzip
 import io
 import pickle
@@ -9,6 +11,7 @@ import struct
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -18,8 +21,8 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from nin_text import UserError, load_image_dataset
-from nin_text.image_data import KNOWN, ImageDataset
+from nin_text import UserError, image_files, load_image_dataset
+from nin_text.image_data import KNOWN, ImageDataset, decode
 
 CLASSES = KNOWN["cifar10"].labels or ()
 
@@ -258,6 +261,151 @@ def test_the_built_in_digits() -> None:
     assert len(load_image_dataset("digits", limit=50).splits["train"]) == 50
 
 
+def encoded(picture: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def test_images_of_every_mode_are_read_as_the_pipeline_reads_them() -> None:
+    from transformers.image_utils import load_image
+
+    colours = Image.fromarray(pictures(1, 24)[0])
+    turned = Image.Exif()
+    turned[0x0112] = 6  # orientation: to be turned by 90 degrees
+    files = {
+        "grey": encoded(colours.convert("L")),
+        "grey, transparent": encoded(colours.convert("LA")),
+        "black and white": encoded(colours.convert("1")),
+        "palette": encoded(colours.convert("P")),
+        "transparent": encoded(colours.convert("RGBA")),
+        "for print": encoded(colours.convert("CMYK"), "JPEG"),
+        "animated": encoded(
+            colours, "GIF", save_all=True, append_images=[Image.new("RGB", (24, 24))]
+        ),
+        "turned": encoded(colours, "JPEG", exif=turned),
+    }
+    for name, data in files.items():
+        pixels = decode(data, name, None)
+        assert pixels.shape == (24, 24, 1 if name[0] in "gb" else 3), name
+        expected = np.asarray(load_image(base64.b64encode(data).decode()).convert("RGB"))
+        assert np.array_equal(np.broadcast_to(pixels, expected.shape), expected), name
+
+
+@pytest.mark.parametrize("mode", ["I;16", "F"])
+def test_images_that_a_pipeline_would_clip_are_refused(mode: str) -> None:
+    values = np.arange(400).reshape(20, 20) * 100
+    pixels = values.astype(np.uint16 if mode == "I;16" else np.float32)
+    with pytest.raises(UserError, match="more than 8 bits"):
+        decode(encoded(Image.fromarray(pixels), "TIFF"), "x", None)
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "result"),
+    [
+        *(((1, 1), None, 1), ((64, 64), None, 64), ((65, 65), None, 64), ((3, 900), None, 64)),
+        *(((900, 700), 32, 32), ((1, 1), 32, 32)),
+    ],
+)
+def test_photographs_are_scaled_while_they_are_read(
+    shape: tuple[int, int], size: int | None, result: int
+) -> None:
+    """As they are, those of a folder would not fit into memory."""
+    pixels = np.zeros((*shape, 3), np.uint8)
+    assert decode(encoded(Image.fromarray(pixels)), "x", size).shape == (result, result, 3)
+
+
+def test_odd_class_folders(tmp_path: Path) -> None:
+    """A class called train, one without images, nested and hidden folders, links."""
+    for i, image in enumerate(TRAIN):
+        name = ("bus", "train", "<b>Straße", "10")[i % 4]
+        path = tmp_path / "data" / name / ("deep/er" if i % 4 == 0 else ".") / f"{i}.PNG"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png(image[: 20 + i % 5]))
+    for name in ("empty", ".ipynb_checkpoints", "elsewhere"):
+        (tmp_path / "data" / name).mkdir()
+    (tmp_path / "data" / ".ipynb_checkpoints" / "0.png").write_bytes(png(TRAIN[0]))
+    (tmp_path / "data" / "bus" / "._0.png").write_bytes(b"of another system")
+    (tmp_path / "data" / "elsewhere").rmdir()
+    (tmp_path / "data" / "elsewhere").symlink_to(tmp_path / "data" / "bus")
+    data = load_image_dataset(str(tmp_path / "data"))
+    assert data.label_names == ["10", "<b>Straße", "bus", "elsewhere", "train"]
+    assert sum(map(len, data.splits.values())) == 75
+    assert data.splits["test"].images.shape[1:] == (64, 64, 3)
+
+
+def test_a_folder_of_folders_of_one_class_or_too_few_images_is_refused(tmp_path: Path) -> None:
+    for classes, each, message in ((1, 20, "same label"), (2, 2, "4 examples are too few")):
+        for i in range(classes * each):
+            path = tmp_path / str(classes) / f"class {i % classes}" / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(png(TRAIN[i]))
+        with pytest.raises(UserError, match=message):
+            load_image_dataset(str(tmp_path / str(classes)))
+
+
+CELLS = [{"bytes": png(image), "path": None} for image in TRAIN]
+
+
+@pytest.mark.parametrize(
+    ("column", "names"),
+    [
+        (["dog", "cat"] * 30, ["cat", "dog"]),
+        ([7, 40, 7.0] * 20, ["7", "40"]),
+        (["2", "10"] * 30, ["2", "10"]),
+    ],
+)
+def test_labels_of_a_table_may_be_names_and_numbers_with_gaps(
+    column: list[Any], names: list[str], tmp_path: Path
+) -> None:
+    bytes_alone = [cell["bytes"] for cell in CELLS]
+    table = pa.table({"id": range(60), "image": bytes_alone, "label": column, "note": [None] * 60})
+    pq.write_table(table, tmp_path / "train.parquet")
+    data = load_image_dataset(str(tmp_path))
+    assert data.label_names == names
+    named = {
+        image.tobytes(): data.label_names[label]
+        for part in data.splits.values()
+        for image, label in zip(part.images, part.labels, strict=True)
+    }
+    expected = [str(value).removesuffix(".0") for value in column]
+    assert named == {i.tobytes(): name for i, name in zip(TRAIN, expected, strict=True)}
+
+
+@pytest.mark.parametrize("column", ["image", "label"])
+def test_a_cell_that_is_missing_is_named(column: str, tmp_path: Path) -> None:
+    values = {"image": list(CELLS), "label": labels(60)}
+    values[column][3] = None
+    pq.write_table(pa.table(values), tmp_path / "train.parquet")
+    with pytest.raises(UserError, match=r"row 4"):
+        load_image_dataset(str(tmp_path))
+
+
+def test_a_saved_data_set_is_read_with_the_names_of_its_classes(tmp_path: Path) -> None:
+    """Also where a class is named by another's number, and where there is but one split."""
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["1", "0", "cat"])}
+    saved = datasets.Dataset.from_dict(
+        {"image": CELLS, "label": labels(60, 3)}, features=datasets.Features(features)
+    )
+    saved.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(train=saved, test=saved).save_to_disk(tmp_path / "two")
+    for name in ("one", "two"):
+        data = load_image_dataset(str(tmp_path / name))
+        assert data.label_names == ["1", "0", "cat"]
+        for part in data.splits.values():
+            for image, label in zip(part.images, part.labels, strict=True):
+                assert any(np.array_equal(image, TRAIN[i]) for i in range(label, 60, 3))
+    next((tmp_path / "one").glob("*.arrow")).write_bytes(b"ARROW1 and no more")
+    with pytest.raises(UserError, match="not a readable saved data set"):
+        load_image_dataset(str(tmp_path / "one"))
+
+
+def test_a_part_of_a_known_set_is_said_to_be_one(tmp_path: Path) -> None:
+    cifar10_binary(tmp_path / "cifar10")
+    data = load_image_dataset("cifar10", data_dir=tmp_path)
+    assert data.notes[0] == "partial training set: 60 of the 50,000 images of cifar10"
+
+
 @pytest.mark.real_data
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
 def test_the_real_sets_are_whole(name: str, real_data: Path) -> None:
@@ -289,6 +437,86 @@ def test_a_pickle_that_would_run_code_is_refused_and_runs_none(tmp_path: Path) -
     assert not mark.exists()
     pickle.loads((folder / "data_batch_3").read_bytes())
     assert mark.exists()  # an ordinary unpickler would have run it
+
+
+class Reduced:
+    """A pickle that calls a function."""
+
+    def __init__(self, *call: Any) -> None:
+        self.call = call
+
+    def __reduce__(self) -> tuple:
+        return self.call
+
+
+def test_pickles_that_hold_more_than_arrays_of_integers_are_refused(tmp_path: Path) -> None:
+    rows = planes(TRAIN[:12])
+    cifar10_pickles(tmp_path / "cifar10")
+    path = tmp_path / "cifar10" / "data_batch_3"
+    for data, message in (
+        (np.array([Hostile(tmp_path)], dtype=object), "an array of type 'O8'"),
+        (rows.astype(np.float32), "an array of type 'f4'"),
+        (Reduced(codecs.encode, ("x", "zlib")), "the encoding 'zlib'"),
+        (Reduced(np.ndarray, ((2**40,),)), "cannot be read"),
+        (Reduced(np.zeros, ((2**40,),)), "which no image file needs"),
+    ):
+        path.write_bytes(pickle.dumps({b"data": data, b"labels": labels(12)}, protocol=2))
+        with pytest.raises(UserError, match=message):
+            load_image_dataset("cifar10", data_dir=tmp_path)
+    # "The next object is the 2,147,483,647th": the unpickler in C makes room for all of them.
+    path.write_bytes(b"\x80\x02]r\xff\xff\xff\x7f.")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_image_dataset("cifar10", data_dir=tmp_path)
+    batch = {b"data": rows, b"labels": np.array(labels(12))}  # no list, but integers
+    path.write_bytes(pickle.dumps(batch, protocol=2))
+    assert len(load_image_dataset("cifar10", data_dir=tmp_path).splits["train"]) == 54
+
+
+def test_files_that_claim_or_unpack_to_more_than_memory_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_files, "MAX_UNPACKED", 2**16)
+    monkeypatch.setattr(image_files, "CHUNK_BYTES", 2**12)
+    folder = tmp_path / "mnist"
+    folder.mkdir()
+    write_idx(folder, pictures(40, 28, 1), labels(40), "train", False)
+    # 2**64 bytes, which 64 bits count as none.
+    header = struct.pack(">4I", 2051, 2**31, 2**31, 4)
+    (folder / "train-images-idx3-ubyte").write_bytes(header)
+    with pytest.raises(UserError, match="damaged or cut short"):
+        load_image_dataset("mnist", data_dir=tmp_path)
+    (folder / "train-images-idx3-ubyte").unlink()
+    packed = folder / "train-images-idx3-ubyte.gz"
+    packed.write_bytes(gzip.compress(header + bytes(2**20)))
+    with pytest.raises(UserError, match="unpacks to more"):
+        load_image_dataset("mnist", data_dir=tmp_path)
+    packed.write_bytes(packed.read_bytes()[:60] + b"nonsense" + packed.read_bytes()[68:])
+    with pytest.raises(UserError, match="damaged"):
+        load_image_dataset("mnist", data_dir=tmp_path)
+
+
+def test_archives_that_are_damaged_within_or_unpack_to_too_much_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    CIFAR10["binary archive"](tmp_path / "cifar10")
+    archive = tmp_path / "cifar10" / "cifar-10-binary.tar.gz"
+    whole = archive.read_bytes()
+    archive.write_bytes(whole[:9000] + b"nonsense" * 100 + whole[9800:])
+    with pytest.raises(UserError, match=r"tar\.gz is damaged"):
+        load_image_dataset("cifar10", data_dir=tmp_path)
+    archive.write_bytes(whole)
+    monkeypatch.setattr(image_files, "MAX_UNPACKED", 2**12)
+    monkeypatch.setattr(image_files, "CHUNK_BYTES", 2**12)
+    with pytest.raises(UserError, match="unpacks to more"):
+        load_image_dataset("cifar10", data_dir=tmp_path)
+
+
+def test_an_image_of_more_pixels_than_anyone_has_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # 90 million
+    with pytest.raises(UserError, match="decompression bomb"):
+        decode(encoded(Image.new("1", (50, 50))), "x", None)
 
 
 def cut(path: Path, share: float = 0.6) -> None:
@@ -331,6 +559,14 @@ def test_a_truncated_idx_file_is_said_to_be_one(zipped: bool, tmp_path: Path) ->
 def test_what_cannot_be_found_is_said_with_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no data set 'digit'"):
         load_image_dataset("digit")
+    with pytest.raises(UserError, match="no data set 'photos/'"):
+        load_image_dataset("photos/")
+    with pytest.raises(UserError, match="--dataset is empty"):
+        load_image_dataset("")
+    (tmp_path / "aside.tar").touch()
+    with pytest.raises(UserError, match="is a file; give the folder"):
+        load_image_dataset(str(tmp_path / "aside.tar"))
+    (tmp_path / "aside.tar").unlink()
     with pytest.raises(UserError, match="one subfolder of images"):
         load_image_dataset(str(tmp_path))
     (tmp_path / "train.parquet").write_bytes(b"")
@@ -342,11 +578,10 @@ def test_what_cannot_be_found_is_said_with_what_to_do(tmp_path: Path) -> None:
 
 
 def test_labels_that_no_class_has_and_a_single_class_are_refused(tmp_path: Path) -> None:
-    cells = [{"bytes": png(image), "path": None} for image in TRAIN]
-    for truth, message in (([12] * 60, "not among its 10 classes"), ([3] * 60, "the same label")):
+    for truth, message in (([12] * 60, "not among the classes"), ([3] * 60, "the same label")):
         folder = tmp_path / f"data{truth[0]}" / "cifar10"
         folder.mkdir(parents=True)
-        pq.write_table(pa.table({"image": cells, "label": truth}), folder / "train.parquet")
+        pq.write_table(pa.table({"image": CELLS, "label": truth}), folder / "train.parquet")
         with pytest.raises(UserError, match=message):
             load_image_dataset("cifar10", data_dir=folder.parent)
 

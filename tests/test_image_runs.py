@@ -13,13 +13,19 @@ from conftest import Script
 from safetensors.numpy import load_file
 from transformers import pipeline
 
-from nin_text import ImageTrainOptions, load_image_dataset, train_image
+from nin_text import ImageTrainOptions, UserError, load_image_dataset, train_image
 from nin_text.configuration import IMAGE_PRESETS
 from nin_text.image_data import ImageSplit
 from nin_text.image_options import IMAGE_PRESET_NAMES, IMAGE_RECIPES, with_image_recipe
 from nin_text.image_page import MAX_IMAGES, class_maps_html, most_confident_mistakes
 from nin_text.image_runs import build_image_model
-from nin_text.image_training import ImageTensors, ImageTrainer, image_trainer, to_pixel_values
+from nin_text.image_training import (
+    ImageTensors,
+    ImageTrainer,
+    image_trainer,
+    images_at_a_time,
+    to_pixel_values,
+)
 from nin_text.training import RunTrainer
 
 QUICK: dict[str, Any] = {"limit": 300, "epochs": 4, "batch_size": 32, "quiet": True}
@@ -91,6 +97,13 @@ def test_a_stopped_run_resumes_to_the_weights_of_an_uninterrupted_one(
         patch.setattr(RunTrainer, "_save_checkpoint", save_and_stop)
         with pytest.raises(KeyboardInterrupt):
             train_image(ImageTrainOptions(**QUICK, output_dir=tmp_path))
+    checkpoint = next((tmp_path / "checkpoints" / "training").glob("checkpoint-*"))
+    for name in ("model.safetensors", "averaged.safetensors", "optimizer.pt", "trainer_state.json"):
+        whole_file = (checkpoint / name).read_bytes()
+        (checkpoint / name).write_bytes(whole_file[: len(whole_file) // 2])
+        with pytest.raises(UserError, match=r"checkpoint.* is damaged"):
+            train_image(ImageTrainOptions(**QUICK, output_dir=tmp_path, resume=True))
+        (checkpoint / name).write_bytes(whole_file)
     train_image(ImageTrainOptions(**QUICK, output_dir=tmp_path, resume=True))
     whole, resumed = (load_file(place / "model.safetensors") for place in (run, tmp_path))
     for name, weight in whole.items():
@@ -134,6 +147,20 @@ def test_the_papers_recipe_drops_the_rate_twice_and_slows_the_last_layer(tmp_pat
     expected = [0.1] * 20 + [0.01] * 3 + [0.001] * 3
     assert [rate for rate, _ in rates] == pytest.approx(expected)
     assert [rate for _, rate in rates] == pytest.approx([rate / 10 for rate in expected])
+
+
+def test_the_papers_recipe_warms_up_if_it_is_told_to(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, model="nin-mnist", batch_size=128, warmup=0.15)
+    trainer.create_optimizer_and_scheduler(20)
+    optimizer, scheduler = trainer.optimizer, trainer.lr_scheduler
+    assert optimizer is not None and scheduler is not None
+    rates = []
+    for _ in range(20):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    expected = [0.025, 0.05, 0.075] + [0.1] * 13 + [0.01] * 2 + [0.001] * 2
+    assert rates == pytest.approx(expected)
 
 
 def test_first_weights_are_the_authors() -> None:
@@ -196,6 +223,12 @@ def test_a_page_is_bounded_and_an_empty_one_says_so() -> None:
     assert "nothing to show" in class_maps_html(model, train.take([]), "Digits")
 
 
+def test_images_are_computed_in_pieces_that_fit_into_memory() -> None:
+    shapes = ((9, 32, 32, 3), (9, 224, 224, 3), (9, 1024, 1024, 1))
+    with torch.device("meta"):
+        assert [images_at_a_time(torch.empty(shape)) for shape in shapes] == [512, 10, 1]
+
+
 def test_mistakes_are_the_most_confident_first() -> None:
     probabilities = np.array([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4], [0.3, 0.7]])
     assert most_confident_mistakes(probabilities, [1, 1, 1, 0]) == [0, 3, 2]
@@ -247,6 +280,7 @@ def test_class_maps_point_at_what_tells_the_classes_apart() -> None:
         (["--shift", "9"], "shift must be in [0, 8), not 9"),
         (["--epochs", "0"], "--epochs must be at least 1"),
         (["--limit", "0"], "--limit must be at least 1"),
+        (["--head-dropout", "0.5"], "--head-dropout needs --head fully_connected"),
     ],
 )
 def test_a_mistake_is_a_sentence(arguments: list[str], message: str, script: Script) -> None:

@@ -42,10 +42,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_script_trains_on_digits_and_leaves_everything_about_it(
     script: Script, tmp_path: Path
 ) -> None:
-    finished = script("train_image", "--epochs", 12, "--explain", "html")
+    finished = script("train_image", "--epochs", 8, "--explain", "html")
     result = finished.result
     assert result["dataset"] == "digits" and result["model"] == "nin-modern"
-    assert result["test_accuracy"] > 0.9
+    assert result["test_accuracy"] > 0.85
     folder = tmp_path / result["output_dir"]
     left = {path.name for path in folder.iterdir()}
     assert left == {
@@ -56,7 +56,7 @@ def test_the_script_trains_on_digits_and_leaves_everything_about_it(
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["test"]["n"] == 359
     assert load_file(folder / "answers.safetensors")["test"].shape == (359, 10)
-    again = script("train_image", "--epochs", 12, "--explain", "html", "--resume")
+    again = script("train_image", "--epochs", 8, "--explain", "html", "--resume")
     assert again.result == result
     assert "nothing is left to do" in again.err
 

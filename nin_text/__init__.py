@@ -34,6 +34,7 @@ _HOMES = {
     "train_text": "runs",
     "evaluate_text": "inference",
     "predict_text": "inference",
+    "Predictor": "predictor",
     "export_onnx": "export",
     "NiNTextClassifier": "estimator",
     "NiNTextVectorizer": "vectorizer",

@@ -33,7 +33,7 @@ from nin_text.data import SPLIT_SEED, Split, load_split, load_text_dataset
 from nin_text.errors import UserError
 from nin_text.evaluation import batches_by_length, pad
 from nin_text.ngrams import NGramEvidence, ngram_buckets
-from nin_text.options import ExportOptions, check, model_folder
+from nin_text.options import ExportOptions, check, model_folder, trained_max_length
 from nin_text.text import NiNTextForSequenceClassification
 from nin_text.tokenization import encode, load_tokenizer, truncation
 
@@ -308,7 +308,7 @@ def export_onnx(options: ExportOptions) -> dict[str, Any]:
         if not Path(options.model).is_dir():
             raise UserError(f"{options.model} is no local folder; say where to with --output-dir")
         folder = Path(options.model) / "onnx"
-    max_length = truncation(tokenizer, models.trained_max_length(options.model)).get("max_length")
+    max_length = truncation(tokenizer, trained_max_length(options.model)).get("max_length")
     sample = _validation_sample(options, model)
     rows, labels, source = _encoded(sample, tokenizer, max_length, model.config.vocab_size)
     about: dict[str, Any] = {

@@ -20,7 +20,7 @@ from nin_text.errors import UserError
 from nin_text.evaluation import classification_metrics, predict_logits, softmax
 from nin_text.explain import contrast, explain, to_terminal
 from nin_text.explain_page import Page
-from nin_text.options import EvaluateOptions, PredictOptions, check
+from nin_text.options import EvaluateOptions, PredictOptions, check, trained_max_length
 from nin_text.text import NiNTextForSequenceClassification
 from nin_text.tokenization import encode
 
@@ -40,7 +40,7 @@ def load_model(
     keep_freed_memory()
     model, tokenizer = models.load(options.model)
     if options.max_length is None:
-        options.max_length = models.trained_max_length(options.model)
+        options.max_length = trained_max_length(options.model)
     bf16 = use_bf16(options.precision, device)
     model.to(device)  # type: ignore[arg-type]
     return model, tokenizer, models.label_names(model), torch.bfloat16 if bf16 else None

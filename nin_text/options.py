@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 from nin_text.errors import UserError
 
+METRICS_FILE = "metrics.json"  # of a run folder
 PRESET_NAMES = ("nin-text-paper", "nin-text-small", "nin-text-base")
 NETWORK_NAMES = ("kim-cnn", "dpcnn", "bilstm", "transformer")
 LINEAR_NAMES = ("tfidf-svm", "nb-logreg")
@@ -426,6 +427,18 @@ def model_folder(name: str) -> str:
     if name not in READY_MADE or Path(name).is_dir():
         return name
     return str(Path(__file__).parent / "ready_made" / name)
+
+
+def trained_max_length(folder: str) -> int | None:
+    """The length to which a run cut its training texts; None if it did not, or is no run."""
+    try:
+        # Not options.json: that may already belong to a next run, which has yet to finish.
+        metrics = json.loads(
+            (Path(model_folder(folder)) / METRICS_FILE).read_text(encoding="utf-8")
+        )
+        return int(metrics["options"]["max_length"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def is_nin(model: str) -> bool:

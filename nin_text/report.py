@@ -18,10 +18,10 @@ import torch
 from huggingface_hub import EvalResult, ModelCardData
 
 from nin_text.data import KNOWN
+from nin_text.options import METRICS_FILE as METRICS_FILE
 
 LIBRARIES = "nin-text torch transformers datasets tokenizers scikit-learn accelerate numpy".split()
 MAX_CLASSES_SHOWN = 30
-METRICS_FILE = "metrics.json"
 MISTAKES_FILE = "mistakes.html"  # of a NiN model
 
 

@@ -96,8 +96,7 @@ class Predictor:
     def predict_proba(self, texts: Iterable[str]) -> np.ndarray:
         """(n, K) float32 class probabilities."""
         logits = self.logits(texts)
-        # All classes at once would be the natural axis; an empty batch has no maximum.
-        exponentials = np.exp(logits - logits.max(axis=1, keepdims=True, initial=-np.inf))
+        exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
         return exponentials / exponentials.sum(axis=1, keepdims=True)
 
     def logits(self, texts: Iterable[str]) -> np.ndarray:
@@ -131,10 +130,11 @@ class Predictor:
 
                 def use_one_core() -> None:
                     torch.set_num_threads(1)
+                    torch.get_num_threads()  # a thread takes its number when it is first asked
                     started.wait()
 
-                # The setting holds for its thread, and for all that have not used torch yet: the
-                # latter is undone as soon as every thread is there.
+                # The number also becomes that of all threads that have not used torch yet. This
+                # is undone as soon as every thread here has taken its own.
                 before = torch.get_num_threads()
                 self._pool = ThreadPoolExecutor(self.threads, "nin-text", use_one_core)
                 for _ in range(self.threads):

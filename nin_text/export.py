@@ -42,6 +42,8 @@ logger = logging.getLogger(__name__)
 MODEL_FILE, INT8_FILE = "model.onnx", "model.int8.onnx"
 TOKENIZER_FILE, ABOUT_FILE = "tokenizer.json", "classifier.json"
 
+OUTPUTS = ("probabilities", "logits")
+
 FLOAT32_BOUND = 1e-5  # see `difference`
 INT8_BOUND = 0.003  # 0.3 points of accuracy
 PROBE_LENGTHS = (0, 1, 2, 3, 4, 5, 7, 8, 16, 33, 64, 129, 256, 400)
@@ -137,19 +139,19 @@ def ngram_evidence(branch: NGramEvidence, ids: Tensor, mask: Tensor) -> Tensor:
     return (first[:, None].to(weights.dtype) @ weights)[:, 0]
 
 
-def write_onnx(model: NiNTextForSequenceClassification, path: Path) -> None:
-    """The classifier as an ONNX file; batch size and length are free."""
+def write_onnx(model: nn.Module, path: Path, outputs: Sequence[str]) -> None:
+    """A model of input_ids and attention_mask as an ONNX file; batch size and length are free."""
     ids = torch.zeros((3, 11), dtype=torch.int64)  # any sizes above one would do
     free = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens")}
     with _errors_only("torch.onnx"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            PaddedClassifier(model).eval(),
+            model.eval(),
             (ids, torch.ones_like(ids)),
             dynamo=True,
             dynamic_shapes=(free, free),
             input_names=["input_ids", "attention_mask"],
-            output_names=["probabilities", "logits"],
+            output_names=outputs,
             verbose=False,
         )
     assert program is not None
@@ -324,7 +326,7 @@ def export_onnx(options: ExportOptions) -> dict[str, Any]:
     aside.mkdir(parents=True)
     try:
         logger.info("exporting %s", options.model)
-        write_onnx(model, aside / MODEL_FILE)
+        write_onnx(PaddedClassifier(model), aside / MODEL_FILE, OUTPUTS)
         session = open_session(aside / MODEL_FILE)
         real = rows[:COMPARED_TEXTS] if sample else []
         batches = probes(model.config.vocab_size, about["pad_token_id"], real)

@@ -378,6 +378,27 @@ class CompareOptions(CommonOptions, DataOptions):
         return super().arguments() | {"unsupervised": self.unlabelled}
 
 
+@dataclass
+class BenchmarkOptions(CommonOptions, DataOptions):
+    """How speed is measured."""
+
+    model: list[str] = option(
+        f"NiN models: ready-made ({', '.join(READY_MADE)}), run folders, or presets "
+        f"({', '.join(PRESET_NAMES)}), which get random weights",
+        (READY_MADE[0], "nin-text-base"),
+        nargs="+",
+        metavar="MODEL",
+    )
+    rounds: int = option("rounds of timing; everything has its turn in each", 7)
+    threads: int | None = option("threads (default: one for each core)")
+    output_dir: Path | None = option(
+        "folder for benchmark.md and benchmark.json (default: benchmarks/<dataset>)"
+    )
+    quick: bool = option(
+        "about a minute: fewer texts and sizes, 2 rounds, and no ONNX transformer", False
+    )
+
+
 def check(options: CommonOptions) -> None:
     """Refuse values that no run can have.
 

@@ -12,7 +12,7 @@ Letters in shapes: n texts, K classes.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -59,6 +59,7 @@ class Predictor:
         label_names: K class names; columns of the probabilities.
         precision: "fp32" or "bf16".
         threads: how many jobs are worked on at once.
+        tokenizer, classifier: the two stages of a job.
 
     Raises:
         UserError: if there is no such model, or if it is no NiN with one class for each text.
@@ -82,7 +83,7 @@ class Predictor:
         if max_length is None:
             max_length = trained_max_length(str(folder))
         self.tokenizer = PackedTokenizer(folder, max_length)
-        self._classifier = _classifier(
+        self.classifier = _classifier(
             folder, config, torch.bfloat16 if bf16 else torch.float32, self.device
         )
         self.threads = torch.get_num_threads() if self.device.type == "cpu" else 2
@@ -104,15 +105,17 @@ class Predictor:
         if isinstance(texts, str):
             raise TypeError("texts must be a list of strings, not one string")
         texts = texts if isinstance(texts, Sequence) else list(texts)
-        jobs = list(self._jobs(texts))
-        if len(jobs) > 1 and self.threads > 1:
-            answers = list(self._threads().map(self._answer, jobs))
-        else:
-            answers = [self._answer(job) for job in jobs]
+        answers = self.map(self._answer, list(self.jobs(texts)))
         return np.concatenate([np.zeros((0, len(self.label_names)), np.float32), *answers])
 
-    def _jobs(self, texts: Sequence[str]) -> Iterator[Sequence[str]]:
-        """Consecutive texts of about as many characters as one thread should work on."""
+    def map(self, work: Callable[[Any], Any], jobs: Sequence[Any]) -> list[Any]:
+        """What `work` makes of each job: several at once on a core each, a single one on all."""
+        if len(jobs) > 1 and self.threads > 1:
+            return list(self._threads().map(work, jobs))
+        return [work(job) for job in jobs]
+
+    def jobs(self, texts: Sequence[str]) -> Iterator[Sequence[str]]:
+        """Consecutive texts of about as many characters as one core should work on."""
         lengths = np.array([len(text) for text in texts] or [0])
         most = np.clip(lengths.sum() // self.threads, LEAST_JOB, MOST_JOB)
         job = (lengths.cumsum() - 1) // most
@@ -120,7 +123,7 @@ class Predictor:
         return (texts[start:end] for start, end in pairwise(bounds) if start < end)
 
     def _answer(self, texts: Sequence[str]) -> np.ndarray:
-        return self._classifier.logits(*self.tokenizer.encode(texts))
+        return self.classifier.logits(*self.tokenizer.encode(texts))
 
     def _threads(self) -> ThreadPoolExecutor:
         """Threads that each compute on one core, started when first needed."""

@@ -79,7 +79,7 @@ def test_a_text_is_answered_alike_in_any_company(
 def test_eight_threads_get_the_answers_of_one(predictor: Predictor) -> None:
     texts = REVIEWS * 8  # enough for several jobs
     expected = predictor.logits(texts)
-    assert len(list(predictor._jobs(texts))) > 1
+    assert len(list(predictor.jobs(texts))) > 1
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(predictor.logits, [texts, texts[::-1], texts[:3], [""]] * 4))
     for i in range(0, 16, 4):
@@ -105,10 +105,10 @@ def test_its_threads_leave_those_of_torch_alone() -> None:
 
 def test_jobs_are_all_texts_in_order(predictor: Predictor) -> None:
     for texts in ([], [""], [""] * 1000, REVIEWS * 20, ["x" * 10**6, "y", "z" * 10**6, ""]):
-        jobs = list(predictor._jobs(texts))
+        jobs = list(predictor.jobs(texts))
         assert [text for job in jobs for text in job] == list(texts)
         assert all(jobs)
-    jobs = list(predictor._jobs(["x" * 10**6, "y", "z" * 10**6]))
+    jobs = list(predictor.jobs(["x" * 10**6, "y", "z" * 10**6]))
     assert len(jobs) >= 2
 
 

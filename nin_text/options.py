@@ -303,7 +303,10 @@ class PredictOptions(CommonOptions):
         "running Ray cluster to use, e.g. auto (default: one is started on this machine)"
     )
     max_length: int | None = option("cut texts to this many tokens (default: as in training)")
-    batch_tokens: int = option("most tokens in a batch, padding included", 32_768)
+    batch_tokens: int = option(
+        "most tokens in a batch of a transformer, padding included; NiN models need no padding",
+        32_768,
+    )
     precision: str = option(PRECISION_HELP, "fp32", choices=PRECISIONS)
     explain: str | None = option(
         "add the evidence of each token to the JSON, and show it: as text (what --explain alone "

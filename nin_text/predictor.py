@@ -11,6 +11,7 @@ Letters in shapes: n texts, K classes.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
@@ -29,12 +29,13 @@ from nin_text.device import pick_device, use_bf16
 from nin_text.errors import UserError
 from nin_text.options import model_folder, trained_max_length
 from nin_text.packed import BlocksEncoder, FoldedBlock, PackedClassifier
-from nin_text.word_table import SURROGATE, WordTable
+from nin_text.word_table import WordTable, clean
 
 # Characters of a job, which one thread works on. Smaller calls are cut into one for each thread,
 # but not below the least: the threads would wait for each other.
 LEAST_JOB, MOST_JOB = 2**14, 2**17
 UNLIMITED = 10**9  # tokens
+MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 MOST_TABLE_BYTES = 2**28  # of a folded convolution; a larger one is computed
 CONFIG_FIELDS = set(
     "block_channels dilations hidden_act id2label kernel_sizes ngram_size norm pool residual "
@@ -50,7 +51,7 @@ class Predictor:
 
     Args:
         model: ready-made model, folder of a training run, or hub id of a NiN.
-        device: "auto", "cpu", "cuda", ...
+        device: "cpu", "cuda", or "auto" for the best there is. "mps" means the CPU.
         precision: of matrix products and tables: "fp32", "bf16", or "auto" for bf16 where the
             processor multiplies it natively.
         max_length: cut texts to this many tokens, 0 for none; that of training if None.
@@ -74,10 +75,12 @@ class Predictor:
         max_length: int | None = None,
     ) -> None:
         folder = _folder(str(model))
-        config = _config(folder)
+        self.folder, config = folder, _config(folder)
         names = {int(i): str(name) for i, name in config["id2label"].items()}
         self.label_names = [names[i] for i in sorted(names)]
         self.device = pick_device(device)
+        if self.device.type == "mps":  # which lacks segment_reduce; a CPU is fast enough for NiN
+            self.device = torch.device("cpu")
         bf16 = use_bf16(precision, self.device)
         self.precision = "bf16" if bf16 else "fp32"
         if max_length is None:
@@ -107,6 +110,13 @@ class Predictor:
         texts = texts if isinstance(texts, Sequence) else list(texts)
         answers = self.map(self._answer, list(self.jobs(texts)))
         return np.concatenate([np.zeros((0, len(self.label_names)), np.float32), *answers])
+
+    def fingerprint(self) -> str:
+        """A hash of weights, configuration and tokenizer, wherever they lie."""
+        digest = hashlib.sha256()
+        for name in MODEL_FILES:
+            digest.update((self.folder / name).read_bytes())
+        return digest.hexdigest()[:16]
 
     def map(self, work: Callable[[Any], Any], jobs: Sequence[Any]) -> list[Any]:
         """What `work` makes of each job: several at once on a core each, a single one on all."""
@@ -181,8 +191,8 @@ class PackedTokenizer:
                 place = np.arange(len(ids)) - np.repeat(lengths.cumsum() - lengths, lengths)
                 ids, lengths = ids[place < self.limit], np.minimum(lengths, self.limit)
         else:
-            clean = [SURROGATE.sub("\ufffd", text) for text in texts]
-            rows = [encoding.ids for encoding in self.tokenizer.encode_batch_fast(clean)]
+            cleaned = [clean(text) for text in texts]
+            rows = [encoding.ids for encoding in self.tokenizer.encode_batch_fast(cleaned)]
             lengths = np.array([len(row) for row in rows], dtype=np.int64)
             ids = np.array([i for row in rows for i in row], dtype=np.int32)
         empty = np.flatnonzero(lengths == 0)
@@ -206,6 +216,8 @@ def _folder(name: str) -> Path:
         return folder
     if name.count("/") != 1 or name.startswith((".", "/")):
         raise UserError(f"there is no model {name!r}; give a ready-made model or a run folder")
+    from huggingface_hub import snapshot_download
+
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "model.safetensors"]))
     except Exception as error:
@@ -260,12 +272,16 @@ def _classifier(
         return PackedClassifier(encoder, model.state_dict(), config)
     try:
         saved = load_file(folder / "model.safetensors", device=str(device))
+        if "classifier.weight" not in saved:
+            raise UserError(f"{folder} holds no classifier; give the folder of a training run")
         weights = {
             name: value.float() if value.is_floating_point() else value
             for name, value in saved.items()
         }
         nin = {name[4:]: value for name, value in weights.items() if name.startswith("nin.")}
         return PackedClassifier(FoldedBlock(config, nin, dtype), weights, config)
+    except UserError:
+        raise
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"no classifier could be loaded from {folder} ({reason})") from error
+        raise UserError(f"no model could be loaded from {str(folder)!r} ({reason})") from error

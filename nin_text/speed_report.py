@@ -183,7 +183,7 @@ def _processes(result: dict[str, Any]) -> str:
                 f"{cold:.2f} ({imports:.2f})",
                 f"{memory['libraries']:.0f}",
                 f"{memory['the sample']:.0f}",
-                f"{memory['a text of 5 MB']:.0f}",
+                _number(memory.get("a text of 5 MB")),
             ]
         )
     head = [

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 
 # White space as the tokenizer's regular expressions know it, which is not quite Python's.
 LINE_BREAK = re.compile("<br[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]*/?>")
-SURROGATE = re.compile("[\ud800-\udfff]")  # what no tokenizer takes
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 # Classes of bytes. Words are runs of bytes of one class other than SPACE.
 SPACE, LETTER, MARK, OTHER = range(4)
@@ -202,6 +202,11 @@ class WordTable:
         _fill(self.slots, low, high, words)
 
 
+def clean(text: str) -> str:
+    """Replace what no tokenizer accepts: lone surrogates become U+FFFD."""
+    return _SURROGATE.sub("\ufffd", text)
+
+
 def _is_lowercase(description: dict) -> bool:
     return {"type": "Lowercase"} in description["normalizer"]["normalizers"]
 
@@ -220,7 +225,7 @@ def _parts(text: str) -> list[bytes]:
     try:
         data = text.encode()
     except UnicodeEncodeError:
-        data = SURROGATE.sub("\ufffd", text).encode()
+        data = clean(text).encode()
     if len(data) <= 2 * CHUNK_BYTES:
         return [data]
     parts, start = [], 0

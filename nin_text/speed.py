@@ -17,7 +17,7 @@ import math
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,15 +27,16 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
+from torch import Tensor
 from tqdm import tqdm
 
 from nin_text import report
 from nin_text.comparison import available_cores, environment_of_threads
 from nin_text.data import TextDataset
-from nin_text.options import QUICK_LIMIT, QUICK_ROUNDS, BenchmarkOptions, check
+from nin_text.options import PRESET_NAMES, QUICK_LIMIT, QUICK_ROUNDS, BenchmarkOptions, check
 from nin_text.packed import FoldedBlock, PackedClassifier
-from nin_text.predictor import Predictor
-from nin_text.speed_report import INT8, MINILM, headline, to_markdown
+from nin_text.predictor import MODEL_FILES, Predictor
+from nin_text.speed_report import FASTTEXT, INT8, MINILM, SVM, headline, to_markdown
 from nin_text.speed_systems import (
     Answer,
     fasttext,
@@ -105,6 +106,21 @@ class Entry:
     slow: bool = False
 
 
+def answering(answer: Answer, texts: Sequence[str], tokens: int, *, slow: bool = False) -> Entry:
+    """A system that answers these texts at once, and one by one."""
+    return Entry(partial(answer, texts), len(texts), tokens, lambda text: answer([text]), slow)
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    torch.mm(a, b, out=out)
+    if a.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _logits(classifier: PackedClassifier, job: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    return classifier.logits(*job)
+
+
 def with_defaults(options: BenchmarkOptions) -> BenchmarkOptions:
     """A copy in which --quick has set what it stands for."""
     if not options.quick:
@@ -150,7 +166,6 @@ class _Benchmark:
         self.quick = options.quick
         self.texts = evenly(dataset.splits["test"].texts, QUICK_SAMPLE if self.quick else SAMPLE)
         self.few = evenly(self.texts, QUICK_SLOW_SAMPLE if self.quick else SLOW_SAMPLE)
-        self.train = dataset.splits["train"]
         self.folders = {
             name: random_model(name, dataset, scratch / report.slug(name)) for name in options.model
         }
@@ -160,12 +175,11 @@ class _Benchmark:
 
     def measure(self) -> dict[str, Any]:
         self.notes: list[str] = []
-        entries = dict(self._peaks())
-        for name in self.predictors:
-            entries |= dict(self._stages(name))
-        entries |= dict(self._trainings())
         fits: dict[str, float] = {}
-        entries |= dict(self._others(fits))
+        entries = self._peaks()
+        for name in self.predictors:
+            entries |= self._stages(name)
+        entries |= self._others(fits)
         logger.info("timing %d entries in %d rounds", len(entries), self.options.rounds)
         reviews = self._reviews()
         rounds = [
@@ -197,123 +211,69 @@ class _Benchmark:
             "notes": self.notes,
         }
 
-    def _peaks(self) -> Iterator[tuple[str, Entry]]:
+    def _peaks(self) -> dict[str, Entry]:
+        """Plain matrix products, whose "tokens" are operations."""
         device = next(iter(self.predictors.values())).device
+        entries = {}
         for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
             a, b = (torch.randn(PRODUCT, PRODUCT, device=device).to(dtype) for _ in range(2))
-            out = torch.empty_like(a)
+            run = partial(_product, a, b, torch.empty_like(a))
+            entries[f"matrix product, {name}"] = Entry(run, 0, 2 * PRODUCT**3)
+        return entries
 
-            def product(a: Any = a, b: Any = b, out: Any = out) -> None:
-                torch.mm(a, b, out=out)
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-
-            yield f"matrix product, {name}", Entry(product, 0, 2 * PRODUCT**3)
-
-    def _stages(self, name: str) -> Iterator[tuple[str, Entry]]:
-        """A model end to end, in the other precision, as it was defined, and by stage."""
-        predictor, texts = self.predictors[name], self.texts
-        tokens = int(predictor.tokenizer.encode(texts)[1].sum())
+    def _stages(self, name: str) -> dict[str, Entry]:
+        """A model end to end, in float32, as it is defined, by stage, and in training."""
+        predictor, texts, folder = self.predictors[name], self.texts, self.folders[name]
+        tokenizer, classifier = predictor.tokenizer, predictor.classifier
         jobs = list(predictor.jobs(texts))
-        encoded = [predictor.tokenizer.encode(job) for job in jobs]
-        network = copy.copy(predictor.classifier)
-        network.ngram_size = 0
-        yield (
-            name,
-            Entry(
-                lambda: predictor.predict_proba(texts),
-                len(texts),
-                tokens,
-                lambda text: predictor.predict_proba([text]),
-            ),
-        )
+        encoded = [tokenizer.encode(job) for job in jobs]
+        count, tokens = len(texts), int(sum(lengths.sum() for _, lengths in encoded))
+        entries = {name: answering(predictor.predict_proba, texts, tokens)}
         if predictor.precision == "bf16":
-            exact = Predictor(self.folders[name], device=self.options.device, precision="fp32")
-            yield (
-                f"{name}, float32",
-                Entry(
-                    lambda: exact.predict_proba(texts),
-                    len(texts),
-                    tokens,
-                    lambda text: exact.predict_proba([text]),
-                ),
-            )
-        plain = padded(self.folders[name], predictor)
-        yield f"{name}, padded batches", Entry(lambda: plain(texts), len(texts), tokens)
-        tokenizer = predictor.tokenizer.tokenizer
-        yield (
-            f"{name}: its tokenizer",
-            Entry(lambda: tokenizer.encode_batch_fast(texts), len(texts), tokens),
+            exact = Predictor(folder, device=self.options.device, precision="fp32")
+            entries[f"{name}, float32"] = answering(exact.predict_proba, texts, tokens)
+        entries[f"{name}, padded batches"] = Entry(
+            partial(padded(folder, predictor), texts), count, tokens
         )
-        yield (
-            f"{name}: tokenize",
-            Entry(
-                lambda: predictor.map(predictor.tokenizer.encode, jobs),
-                len(texts),
-                tokens,
-                lambda text: predictor.tokenizer.encode([text]),
-            ),
+        entries[f"{name}: its tokenizer"] = Entry(
+            partial(tokenizer.tokenizer.encode_batch_fast, texts), count, tokens
         )
-        for stage, classifier in (("network", network), ("network, n-grams", predictor.classifier)):
-            yield (
-                f"{name}: {stage}",
-                Entry(
-                    lambda classifier=classifier: predictor.map(  # type: ignore[misc]
-                        lambda job: classifier.logits(*job), encoded
-                    ),
-                    len(texts),
-                    tokens,
-                ),
+        entries[f"{name}: tokenize"] = Entry(
+            partial(predictor.map, tokenizer.encode, jobs),
+            count,
+            tokens,
+            lambda text: tokenizer.encode([text]),
+        )
+        network = copy.copy(classifier)
+        network.ngram_size = 0
+        for stage, part in (("network", network), ("network and n-grams", classifier)):
+            entries[f"{name}: {stage}"] = Entry(
+                partial(predictor.map, partial(_logits, part), encoded), count, tokens
             )
+        step = training_step(folder, predictor, self.dataset.splits["train"].texts[:SAMPLE])
+        return entries | {f"{name}: training": Entry(*step)}
 
-    def _trainings(self) -> Iterator[tuple[str, Entry]]:
-        for name, folder in self.folders.items():
-            step, documents, tokens = training_step(
-                folder, self.predictors[name], self.train.texts[:SAMPLE]
-            )
-            yield f"{name}: training", Entry(step, documents, tokens)
-
-    def _others(self, fits: dict[str, float]) -> Iterator[tuple[str, Entry]]:
+    def _others(self, fits: dict[str, float]) -> dict[str, Entry]:
         """The systems that we are compared with; seconds of fitting are put into `fits`."""
-        first = next(iter(self.predictors.values()))
-        count = {
-            len(texts): int(first.tokenizer.encode(texts)[1].sum())
-            for texts in (self.texts, self.few)
-        }
-        for name, make in (("fastText", fasttext), ("TF-IDF + linear SVM", svm)):
-            answer, fits[name] = make(self.dataset, self.scratch)
+        tokenizer = next(iter(self.predictors.values())).tokenizer
+        tokens, few = (int(tokenizer.encode(t)[1].sum()) for t in (self.texts, self.few))
+        entries = {}
+        for name, make in ((FASTTEXT, fasttext), (SVM, svm)):
+            answer, seconds = make(self.dataset, self.scratch)
             if answer is None:
-                self.notes.append(f"{name} is left out: it is not installed")
+                self.notes.append(f"{name} is left out: it is not installed.")
                 continue
-            yield (
-                name,
-                Entry(
-                    lambda answer=answer: answer(self.texts),  # type: ignore[misc]
-                    len(self.texts),
-                    count[len(self.texts)],
-                    lambda text, answer=answer: answer([text]),  # type: ignore[misc]
-                ),
-            )
+            fits[name] = seconds
+            entries[name] = answering(answer, self.texts, tokens)
         transformer, note = minilm(self.dataset)
         self.notes.append(note)
-        slow: dict[str, Answer] = {MINILM: transformer}
-        if not self.quick:
-            int8 = minilm_int8(transformer, self.scratch)
-            if int8 is None:
-                self.notes.append("MiniLM-L6 in ONNX is left out: onnxruntime is not installed")
-            else:
-                slow[INT8] = int8
-        for name, answer in slow.items():
-            yield (
-                name,
-                Entry(
-                    lambda answer=answer: answer(self.few),  # type: ignore[misc]
-                    len(self.few),
-                    count[len(self.few)],
-                    lambda text, answer=answer: answer([text]),  # type: ignore[misc]
-                    slow=True,
-                ),
-            )
+        entries[MINILM] = answering(transformer, self.few, few, slow=True)
+        int8 = None if self.quick else minilm_int8(transformer, self.scratch)
+        if int8 is not None:
+            entries[INT8] = answering(int8, self.few, few, slow=True)
+        elif not self.quick:
+            self.notes.append(f"{INT8} is left out: onnxruntime is not installed.")
+        return entries
 
     def _reviews(self) -> list[str]:
         """Texts of about `REVIEW_TOKENS` tokens."""
@@ -326,13 +286,12 @@ class _Benchmark:
         """Operations of a token, and bytes on disk."""
         predictor, folder = self.predictors[name], self.folders[name]
         defined, done = operations(folder, predictor.classifier)
-        files = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
         return {
             "precision": predictor.precision,
             "operations_per_token_defined": defined,
             "operations_per_token_done": done,
-            "bytes": sum((folder / file).stat().st_size for file in files),
-            "random_weights": name not in str(folder),
+            "bytes": sum((folder / file).stat().st_size for file in MODEL_FILES),
+            "random_weights": name in PRESET_NAMES,
         }
 
     def _growth(self) -> dict[str, list[dict[str, float]]]:
@@ -372,7 +331,7 @@ class _Benchmark:
             # Word frequencies fall off as one over the rank, or nearly so (Zipf's law).
             ranks = rng.random(part.sum()) * np.log(sizes["vocab_size"])
             jobs.append((np.minimum(np.exp(ranks), sizes["vocab_size"] - 1).astype(np.int32), part))
-        seconds = best_of_three(lambda: predictor.map(lambda job: classifier.logits(*job), jobs))
+        seconds = best_of_three(partial(predictor.map, partial(_logits, classifier), jobs))
         return {key: value, "tokens_per_second": int(lengths.sum()) / seconds}
 
     def _cold(self, name: str) -> list[list[float]]:

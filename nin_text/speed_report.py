@@ -5,7 +5,9 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
+# The systems that models are compared with.
 MINILM, INT8 = "MiniLM-L6, float32", "MiniLM-L6, ONNX int8"
+FASTTEXT, SVM = "fastText", "TF-IDF + linear SVM"
 
 
 def _rates(result: dict[str, Any], name: str, unit: str = "documents") -> list[float]:
@@ -37,8 +39,8 @@ def headline(result: dict[str, Any]) -> dict[str, Any]:
             "of_padded_batches": ratio(result, name, f"{name}, padded batches"),
             "of_minilm_float32": ratio(result, name, MINILM),
             "of_minilm_int8": ratio(result, name, INT8),
-            "of_fasttext": ratio(result, name, "fastText"),
-            "of_svm": ratio(result, name, "TF-IDF + linear SVM"),
+            "of_fasttext": ratio(result, name, FASTTEXT),
+            "of_svm": ratio(result, name, SVM),
             "share_of_peak": share_of_peak(result, name, "network", "defined"),
             "share_of_peak_done": share_of_peak(result, name, "network", "done"),
             "training_share_of_peak": share_of_peak(result, name, "training", "defined"),
@@ -116,16 +118,12 @@ def _throughput(result: dict[str, Any]) -> str:
                 _number(statistics.median(_rates(result, name, "tokens"))),
                 *(
                     _number(ratio(result, name, other))
-                    for other in (MINILM, INT8, "fastText", "TF-IDF + linear SVM")
+                    for other in (MINILM, INT8, FASTTEXT, SVM)
                     if other in result["entries"]
                 ),
             ]
         )
-    others = [
-        f"x {name}"
-        for name in (MINILM, INT8, "fastText", "TF-IDF + linear SVM")
-        if name in result["entries"]
-    ]
+    others = [f"x {name}" for name in (MINILM, INT8, FASTTEXT, SVM) if name in result["entries"]]
     return _table(["", "texts per second", "tokens per second", *others], rows)
 
 

@@ -115,7 +115,7 @@ def training_step(
     rows = np.split(ids, lengths.cumsum())[:count]
     input_ids, mask = (tensor.to(predictor.device) for tensor in pad(rows, 0))
     labels = torch.arange(count, device=predictor.device) % model.config.num_labels
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     bf16 = predictor.precision == "bf16"
 
     def step() -> None:
@@ -195,7 +195,7 @@ def minilm(dataset: TextDataset) -> tuple[MiniLM, str]:
     if importlib.util.find_spec(PACKAGED[MINILM][0]) is not None:
         folder = models.packaged(MINILM)
         model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=classes)
-        return MiniLM(model, models.load_tokenizer(folder)), f"MiniLM-L6: the body of {MINILM}"
+        return MiniLM(model, models.load_tokenizer(folder)), f"MiniLM-L6: the body of {MINILM}."
     tokenizer = cached_tokenizer(
         dataset.splits["train"].texts[:TOKENIZER_TEXTS],
         kind="wordpiece",
@@ -213,7 +213,7 @@ def minilm(dataset: TextDataset) -> tuple[MiniLM, str]:
     model = AutoModelForSequenceClassification.from_config(config)
     note = (
         f"MiniLM-L6: its architecture with random weights ({MINILM} is not installed), on a "
-        f"tokenizer trained on the training texts"
+        f"tokenizer trained on the training texts."
     )
     return MiniLM(model, tokenizer), note
 

@@ -66,6 +66,9 @@ class Packed:
         spans = -(-(lengths + gap) // stride) * stride  # (B,)
         ends = spans.cumsum()
         starts, total = ends - spans, int(ends[-1])
+        # Few different sizes: a product of a new one is compiled first, which takes longer still.
+        granule = max(stride, 8, 1 << max(0, min(total, 4096).bit_length() - 5))  # 6 % at most
+        total = -(-total // granule) * granule
         rows: np.ndarray = np.full(total + 2 * halo, no_token, dtype=np.int64)
         before = starts - (lengths.cumsum() - lengths)  # rows without a token before each text
         rows[np.repeat(before + halo, lengths) + np.arange(len(ids))] = ids

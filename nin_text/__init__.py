@@ -40,6 +40,7 @@ _HOMES = {
     "train_image": "image_runs",
     "evaluate_text": "inference",
     "predict_text": "inference",
+    "Predictor": "predictor",
     "export_onnx": "export",
     "NiNTextClassifier": "estimator",
     "NiNTextVectorizer": "vectorizer",

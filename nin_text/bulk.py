@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
-import hashlib
 import io
 import itertools
 import json
@@ -27,14 +26,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from tqdm import tqdm
 
 from nin_text import inference, readers, report
 from nin_text.errors import UserError
-from nin_text.evaluation import predict_logits, softmax
 from nin_text.options import PredictOptions
-from nin_text.tokenization import clean, encode
+from nin_text.word_table import clean
 
 logger = logging.getLogger(__name__)
 
@@ -181,7 +178,7 @@ def _record(options: PredictOptions, files: Sequence[Path], scorer: Scorer) -> d
     stats = [(path.resolve(), path.stat()) for path in files]
     return {
         "format": FORMAT_OF_PARTS,
-        "model": scorer.fingerprint(),
+        "model": scorer.predictor.fingerprint(),
         "inputs": [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats],
         "text_column": options.text_column,
         "id_column": options.id_column,
@@ -300,7 +297,7 @@ class Scorer:
 
     def __init__(self, options: PredictOptions) -> None:
         self.options = options
-        self.model, self.tokenizer, self.names, self.autocast = inference.load_model(options)
+        self.predictor = inference.load_predictor(options)
 
     def __call__(self, part: Part, file: str | None) -> bytes:
         """The answers to a part, as the file that it becomes.
@@ -309,35 +306,11 @@ class Scorer:
             part: its rows.
             file: name of the input to be told in each row, or None.
         """
-        probabilities = self.probabilities(part.texts)
-        columns = _columns(part, file, probabilities, self.names, self.options)
+        probabilities = self.predictor.predict_proba(part.texts)
+        names = self.predictor.label_names
+        columns = _columns(part, file, probabilities, names, self.options)
         assert self.options.output is not None
-        return _RENDER[self.options.output.suffix.lower()](columns, self.names)
-
-    def probabilities(self, texts: Sequence[str]) -> np.ndarray:
-        """(len(texts), K) float64 probabilities; batches are of texts of similar length."""
-        logits = predict_logits(
-            self.model,
-            encode(self.tokenizer, texts, self.options.max_length),
-            pad_token_id=self.tokenizer.pad_token_id or 0,
-            batch_tokens=self.options.batch_tokens,
-            autocast=self.autocast,
-        )
-        return softmax(logits)
-
-    def fingerprint(self) -> str:
-        """A hash of weights, configuration and tokenizer, wherever they lie."""
-        config = self.model.config.to_dict()
-        for name in ("_name_or_path", "transformers_version", "dtype"):
-            config.pop(name, None)
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        vocabulary = backend.to_str() if backend else json.dumps(self.tokenizer.get_vocab())
-        digest.update(vocabulary.encode())
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()[:16]
+        return _RENDER[self.options.output.suffix.lower()](columns, names)
 
 
 Columns = dict[str, list[Any]]
@@ -351,7 +324,7 @@ def _columns(
     options: PredictOptions,
 ) -> Columns:
     answers = probabilities.argmax(axis=1)
-    rounded = probabilities.round(6)
+    rounded = probabilities.astype(np.float64).round(6)
     columns: Columns = {}
     if file is not None:
         columns["file"] = [clean(file)] * part.rows

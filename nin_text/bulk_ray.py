@@ -45,7 +45,11 @@ def score_by_ray(
             )
             .map_batches(
                 _RayScorer,
-                fn_constructor_args=(options, [str(p) for p in files], scorer.fingerprint()),
+                fn_constructor_args=(
+                    options,
+                    [str(p) for p in files],
+                    scorer.predictor.fingerprint(),
+                ),
                 batch_size=1,
                 batch_format="pyarrow",
                 compute=ray.data.ActorPoolStrategy(size=actors),
@@ -147,7 +151,7 @@ class _RayScorer:
         self.error: str | None = None
         try:
             self.scorer = Scorer(options)
-            if self.scorer.fingerprint() != fingerprint:
+            if self.scorer.predictor.fingerprint() != fingerprint:
                 self.error = f"{options.model} is another model on another machine of the cluster"
         except UserError as error:
             self.error = str(error)

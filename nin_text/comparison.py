@@ -86,12 +86,12 @@ def compare_text(options: CompareOptions, dataset: TextDataset) -> dict[str, Any
     check(options)
     names = system_names(options.models)
     _check_options(options, names, dataset)
-    with _environment_of_threads(options.threads or available_cores()):
+    with environment_of_threads(options.threads or available_cores()):
         return _compare(options, names, dataset)
 
 
 @contextmanager
-def _environment_of_threads(threads: int) -> Iterator[None]:
+def environment_of_threads(threads: int) -> Iterator[None]:
     """What the processes started in between read when they start: how many threads to use."""
     names = ("OMP_NUM_THREADS", "RAYON_NUM_THREADS")
     before = {name: os.environ[name] for name in names if name in os.environ}

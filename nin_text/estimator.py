@@ -43,7 +43,14 @@ from nin_text.estimator_inputs import (
     threads,
 )
 from nin_text.evaluation import pad, predict_logits, softmax
-from nin_text.options import PRECISIONS, PRESET_NAMES, TrainOptions, check, with_recipe
+from nin_text.options import (
+    PRECISIONS,
+    PRESET_NAMES,
+    TrainOptions,
+    check,
+    trained_max_length,
+    with_recipe,
+)
 from nin_text.report import move_files, write_json
 from nin_text.splits import stratified
 from nin_text.text import NiNTextForSequenceClassification
@@ -492,7 +499,7 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
             names = saved.get("classes", models.label_names(model))
             estimator.classes_ = np.array(names, dtype=saved.get("dtype"))
             estimator.max_length_ = int(
-                saved.get("max_length", models.trained_max_length(str(folder)) or 0)
+                saved.get("max_length", trained_max_length(str(folder)) or 0)
             )
             estimator.n_iter_ = int(saved.get("n_iter", 0))
         except (TypeError, ValueError, AttributeError) as error:

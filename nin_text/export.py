@@ -33,7 +33,7 @@ from nin_text.data import Split, load_split, load_text_dataset
 from nin_text.errors import UserError
 from nin_text.evaluation import batches_by_length, pad
 from nin_text.ngrams import NGramEvidence, ngram_buckets
-from nin_text.options import ExportOptions, check, model_folder
+from nin_text.options import ExportOptions, check, model_folder, trained_max_length
 from nin_text.splits import SPLIT_SEED
 from nin_text.text import NiNTextForSequenceClassification
 from nin_text.tokenization import encode, load_tokenizer, truncation
@@ -42,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 MODEL_FILE, INT8_FILE = "model.onnx", "model.int8.onnx"
 TOKENIZER_FILE, ABOUT_FILE = "tokenizer.json", "classifier.json"
+
+OUTPUTS = ("probabilities", "logits")
 
 FLOAT32_BOUND = 1e-5  # see `difference`
 INT8_BOUND = 0.003  # 0.3 points of accuracy
@@ -138,19 +140,19 @@ def ngram_evidence(branch: NGramEvidence, ids: Tensor, mask: Tensor) -> Tensor:
     return (first[:, None].to(weights.dtype) @ weights)[:, 0]
 
 
-def write_onnx(model: NiNTextForSequenceClassification, path: Path) -> None:
-    """The classifier as an ONNX file; batch size and length are free."""
+def write_onnx(model: nn.Module, path: Path, outputs: Sequence[str]) -> None:
+    """A model of input_ids and attention_mask as an ONNX file; batch size and length are free."""
     ids = torch.zeros((3, 11), dtype=torch.int64)  # any sizes above one would do
     free = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens")}
     with _errors_only("torch.onnx"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            PaddedClassifier(model).eval(),
+            model.eval(),
             (ids, torch.ones_like(ids)),
             dynamo=True,
             dynamic_shapes=(free, free),
             input_names=["input_ids", "attention_mask"],
-            output_names=["probabilities", "logits"],
+            output_names=outputs,
             verbose=False,
         )
     assert program is not None
@@ -309,7 +311,7 @@ def export_onnx(options: ExportOptions) -> dict[str, Any]:
         if not Path(options.model).is_dir():
             raise UserError(f"{options.model} is no local folder; say where to with --output-dir")
         folder = Path(options.model) / "onnx"
-    max_length = truncation(tokenizer, models.trained_max_length(options.model)).get("max_length")
+    max_length = truncation(tokenizer, trained_max_length(options.model)).get("max_length")
     sample = _validation_sample(options, model)
     rows, labels, source = _encoded(sample, tokenizer, max_length, model.config.vocab_size)
     about: dict[str, Any] = {
@@ -325,7 +327,7 @@ def export_onnx(options: ExportOptions) -> dict[str, Any]:
     aside.mkdir(parents=True)
     try:
         logger.info("exporting %s", options.model)
-        write_onnx(model, aside / MODEL_FILE)
+        write_onnx(PaddedClassifier(model), aside / MODEL_FILE, OUTPUTS)
         session = open_session(aside / MODEL_FILE)
         real = rows[:COMPARED_TEXTS] if sample else []
         batches = probes(model.config.vocab_size, about["pad_token_id"], real)

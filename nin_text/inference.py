@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nin_text import models, readers, report
-from nin_text.data import load_split
+from nin_text import readers
 from nin_text.device import keep_freed_memory, pick_device, use_bf16
 from nin_text.errors import UserError
 from nin_text.evaluation import classification_metrics, predict_logits, softmax
-from nin_text.explain import contrast, explain, to_terminal
-from nin_text.explain_page import Page
-from nin_text.options import EvaluateOptions, PredictOptions, check
-from nin_text.text import NiNTextForSequenceClassification
-from nin_text.tokenization import encode
+from nin_text.options import (
+    EvaluateOptions,
+    PredictOptions,
+    check,
+    saved_nin,
+    trained_max_length,
+)
+from nin_text.predictor import Predictor
+
+if TYPE_CHECKING:  # seconds to import, which the answers of a saved NiN do without
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from nin_text.explain_page import Page
 
 logger = logging.getLogger(__name__)
 
@@ -35,12 +44,14 @@ def load_model(
     options: EvaluateOptions | PredictOptions,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str], torch.dtype | None]:
     """Model on its device, tokenizer, class names by index, and the autocast dtype."""
+    from nin_text import models
+
     check(options)
     device = pick_device(options.device)
     keep_freed_memory()
     model, tokenizer = models.load(options.model)
     if options.max_length is None:
-        options.max_length = models.trained_max_length(options.model)
+        options.max_length = trained_max_length(options.model)
     bf16 = use_bf16(options.precision, device)
     model.to(device)  # type: ignore[arg-type]
     return model, tokenizer, models.label_names(model), torch.bfloat16 if bf16 else None
@@ -55,6 +66,10 @@ def evaluate_text(options: EvaluateOptions) -> dict[str, Any]:
     Raises:
         UserError: whatever the user can mend, in one sentence.
     """
+    from nin_text import report
+    from nin_text.data import load_split
+    from nin_text.tokenization import encode
+
     model, tokenizer, names, autocast = load_model(options)
     part, source, notes = load_split(
         options.dataset,
@@ -97,6 +112,70 @@ def evaluate_text(options: EvaluateOptions) -> dict[str, Any]:
 # ---- predicting --------------------------------------------------------------------------------
 
 
+class PaddedPredictor:
+    """Any sequence classifier of transformers, behind what a `Predictor` offers.
+
+    Args:
+        options: of the model; `max_length` is filled in if it is None.
+
+    Raises:
+        UserError: if the model cannot be loaded.
+    """
+
+    def __init__(self, options: PredictOptions) -> None:
+        self.model, self.tokenizer, self.label_names, self.autocast = load_model(options)
+        self.options = options
+
+    def predict_proba(self, texts: Sequence[str]) -> np.ndarray:
+        """(n, K) class probabilities; batches are of texts of similar length."""
+        from nin_text.tokenization import encode
+
+        logits = predict_logits(
+            self.model,
+            encode(self.tokenizer, texts, self.options.max_length),
+            pad_token_id=self.tokenizer.pad_token_id or 0,
+            batch_tokens=self.options.batch_tokens,
+            autocast=self.autocast,
+        )
+        return softmax(logits)
+
+    def fingerprint(self) -> str:
+        """A hash of weights, configuration and tokenizer, wherever they lie."""
+        config = self.model.config.to_dict()
+        for name in ("_name_or_path", "transformers_version", "dtype"):
+            config.pop(name, None)
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        vocabulary = backend.to_str() if backend else json.dumps(self.tokenizer.get_vocab())
+        digest.update(vocabulary.encode())
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()[:16]
+
+
+def load_predictor(options: PredictOptions) -> Predictor | PaddedPredictor:
+    """What answers: packed for a saved NiN, padded for any other classifier.
+
+    Args:
+        options: `max_length` is filled in if it is None.
+
+    Raises:
+        UserError: if the model cannot be loaded.
+    """
+    check(options)
+    if not saved_nin(options.model):
+        return PaddedPredictor(options)
+    if options.max_length is None:
+        options.max_length = trained_max_length(options.model)
+    return Predictor(
+        options.model,
+        device=options.device,
+        precision=options.precision,
+        max_length=options.max_length,
+    )
+
+
 def predict_text(
     options: PredictOptions, lines: Iterable[str] | None = None
 ) -> Iterator[dict[str, Any]]:
@@ -116,9 +195,13 @@ def predict_text(
         UserError: whatever the user can mend, in one sentence.
     """
     path = _page_path(options)
-    model, tokenizer, names, autocast = load_model(options)
-    if options.explain and not isinstance(model, NiNTextForSequenceClassification):
-        raise UserError("--explain needs a NiN model: only its answers are a sum over tokens")
+    predictor: Predictor | PaddedPredictor
+    explainer = None
+    if options.explain:  # by the model that also answers
+        predictor = PaddedPredictor(options)
+        explainer = _Explainer(predictor, path)
+    else:
+        predictor = load_predictor(options)
     texts: Iterable[str]
     if options.texts or options.file is not None:
         texts = _read_texts(options)
@@ -126,70 +209,79 @@ def predict_text(
         texts = (line.rstrip("\r\n") for line in lines or ())
     if options.limit is not None:
         texts = itertools.islice(texts, options.limit)
-    page = None if path is None else Page(names, "Explanations", f"Answers of {options.model}.")
     try:
-        yield from _answers(options, model, tokenizer, names, autocast, texts, page)
+        for portion in _portions(texts):
+            for text, probabilities in zip(portion, predictor.predict_proba(portion), strict=True):
+                result = _result(text, probabilities, predictor.label_names)
+                if explainer is not None:
+                    result["evidence"] = explainer.explain(text, int(probabilities.argmax()))
+                yield result
     finally:  # also if the reader of our answers has seen enough
-        if page is not None and page.texts:
-            assert path is not None
-            path.parent.mkdir(parents=True, exist_ok=True)
-            report.write_text(path, page.html())
-            shown = f"{len(page.sections):,} of " * (page.texts > len(page.sections))
-            logger.info("%s explains %s%s texts", path, shown, f"{page.texts:,}")
+        if explainer is not None:
+            explainer.close()
 
 
-def _answers(
-    options: PredictOptions,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    names: list[str],
-    autocast: torch.dtype | None,
-    texts: Iterable[str],
-    page: Page | None,
-) -> Iterator[dict[str, Any]]:
-    for portion in _portions(texts):
-        logits = predict_logits(
-            model,
-            encode(tokenizer, portion, options.max_length),
-            pad_token_id=tokenizer.pad_token_id or 0,
-            batch_tokens=options.batch_tokens,
-            autocast=autocast,
-        )
-        for text, probabilities in zip(portion, softmax(logits), strict=True):
-            answer = int(probabilities.argmax())
-            result = {
-                "text": text,
-                "label": names[answer],
-                "probability": round(float(probabilities[answer]), 6),
-                "probabilities": {
-                    name: round(float(p), 6) for name, p in zip(names, probabilities, strict=True)
-                },
-            }
-            if isinstance(model, NiNTextForSequenceClassification) and options.explain:
-                result["evidence"] = _explain(model, tokenizer, text, answer, names, options, page)
-            yield result
+def _result(text: str, probabilities: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
+    answer = int(probabilities.argmax())
+    rounded = [round(float(p), 6) for p in probabilities]
+    return {
+        "text": text,
+        "label": names[answer],
+        "probability": rounded[answer],
+        "probabilities": dict(zip(names, rounded, strict=True)),
+    }
 
 
-def _explain(
-    model: NiNTextForSequenceClassification,
-    tokenizer: PreTrainedTokenizerBase,
-    text: str,
-    answer: int,
-    names: list[str],
-    options: PredictOptions,
-    page: Page | None,
-) -> list[list[Any]]:
-    explanation = explain(model, tokenizer, text, options.max_length)
-    if page is not None:
-        page.add(explanation)
-    else:
-        colored = to_terminal(explanation, answer)
-        print(f"{names[answer]}: {colored}", file=sys.stderr, flush=True)
-    scores = contrast(explanation, answer)
-    return [
-        [explanation.text[start:end], round(float(score), 5)]
-        for (start, end), score in zip(explanation.spans, scores, strict=True)
-    ]
+class _Explainer:
+    """Shows the evidence of each token: on standard error, or on a page that `close` writes.
+
+    Raises:
+        UserError: if the model is no NiN.
+    """
+
+    def __init__(self, predictor: PaddedPredictor, path: Path | None) -> None:
+        from nin_text.explain_page import Page
+        from nin_text.text import NiNTextForSequenceClassification
+
+        if not isinstance(predictor.model, NiNTextForSequenceClassification):
+            raise UserError("--explain needs a NiN model: only its answers are a sum over tokens")
+        self.model: NiNTextForSequenceClassification = predictor.model
+        self.predictor, self.path = predictor, path
+        self.page: Page | None = None
+        if path is not None:
+            about = f"Answers of {predictor.options.model}."
+            self.page = Page(predictor.label_names, "Explanations", about)
+
+    def explain(self, text: str, answer: int) -> list[list[Any]]:
+        """The tokens of a text, each with its evidence for the answer."""
+        from nin_text.explain import contrast, explain, to_terminal
+
+        predictor = self.predictor
+        explanation = explain(self.model, predictor.tokenizer, text, predictor.options.max_length)
+        if self.page is not None:
+            self.page.add(explanation)
+        else:
+            colored = to_terminal(explanation, answer)
+            name = predictor.label_names[answer]
+            print(f"{name}: {colored}", file=sys.stderr, flush=True)
+        scores = contrast(explanation, answer)
+        return [
+            [explanation.text[start:end], round(float(score), 5)]
+            for (start, end), score in zip(explanation.spans, scores, strict=True)
+        ]
+
+    def close(self) -> None:
+        """Write the page, if there is one with anything on it."""
+        from nin_text import report
+
+        page = self.page
+        if page is None or not page.texts:
+            return
+        assert self.path is not None
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        report.write_text(self.path, page.html())
+        shown = f"{len(page.sections):,} of " * (page.texts > len(page.sections))
+        logger.info("%s explains %s%s texts", self.path, shown, f"{page.texts:,}")
 
 
 def _page_path(options: PredictOptions) -> Path | None:

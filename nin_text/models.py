@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -29,7 +28,6 @@ from nin_text.configuration import (
 from nin_text.errors import UserError
 from nin_text.networks import BaselineForSequenceClassification
 from nin_text.options import PACKAGED, TrainOptions, model_folder, saved_nin
-from nin_text.report import METRICS_FILE
 from nin_text.text import NiNTextForSequenceClassification, NiNTextModel
 from nin_text.tokenization import KINDS, cached_tokenizer, load_tokenizer
 
@@ -254,15 +252,3 @@ def cannot_load(name: str, error: Exception) -> str:
 def label_names(model: PreTrainedModel) -> list[str]:
     """Class names by index."""
     return [str(name) for _, name in sorted(dict(model.config.id2label or {}).items())]
-
-
-def trained_max_length(folder: str) -> int | None:
-    """The length to which a run cut its training texts; None if it did not, or is no run."""
-    try:
-        # Not options.json: that may already belong to a next run, which has yet to finish.
-        metrics = json.loads(
-            (Path(model_folder(folder)) / METRICS_FILE).read_text(encoding="utf-8")
-        )
-        return int(metrics["options"]["max_length"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None

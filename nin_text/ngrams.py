@@ -14,17 +14,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import scipy.sparse as sparse
 import torch
 import torch.nn.functional as F
-from scipy.optimize import minimize
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from nin_text.blocks import Rows
+
+if TYPE_CHECKING:  # what fits the weights takes seconds to import; adding them up does without
+    import scipy.sparse as sparse
 
 # The hash is a polynomial modulo a prime: its products stay below 2**62 on every device.
 PRIME = 2_147_483_647
@@ -62,6 +62,27 @@ def ngram_buckets(ids: Tensor, mask: Tensor, size: int, buckets: int) -> Tensor:
     return torch.stack(found)  # (size, N) or (size, B, T)
 
 
+def distinct_keys(found: Tensor, text: Tensor, buckets: int) -> Tensor:
+    """The distinct buckets of each text, as sorted keys text * buckets + bucket, (D,) int64.
+
+    Equal buckets of different orders stay distinct only if the texts differ: what is counted once
+    is the bucket, in fitting as well as here.
+
+    Args:
+        found: (size, N) as of `ngram_buckets`.
+        text: (N,) the text that each row belongs to.
+        buckets: number of buckets.
+    """
+    return (text * buckets + found)[found >= 0].unique()
+
+
+def sum_of_distinct(keys: Tensor, texts: int, weight: Tensor) -> Tensor:
+    """(texts, K): the sum of the weights (buckets, K) of each text's distinct buckets."""
+    buckets = len(weight)
+    offsets = torch.searchsorted(keys, torch.arange(texts, device=keys.device) * buckets)
+    return F.embedding_bag(keys % buckets, weight, offsets, mode="sum")
+
+
 class NGramEvidence(nn.Module):
     """Adds up the weights of the distinct n-grams of each text.
 
@@ -97,19 +118,17 @@ class NGramEvidence(nn.Module):
             n-gram's weight is divided among its occurrences, and there among its tokens.
         """
         found = ngram_buckets(ids, layout.mask[:, 0], self.size, self.buckets)  # (size, N)
+        texts = len(layout.index)
+        if not output_evidence:
+            distinct = distinct_keys(found, layout.text, self.buckets)
+            return sum_of_distinct(distinct, texts, self.weight), None
         order, end = (found >= 0).nonzero(as_tuple=True)  # (M,) each
-        # Equal buckets of different orders stay distinct only if the texts differ: what is counted
-        # once is the bucket, in fitting as well as here.
         keys = layout.text[end] * self.buckets + found[order, end]
         distinct, place, count = keys.unique(return_inverse=True, return_counts=True)
+        logits = sum_of_distinct(distinct, texts, self.weight)
         weights = self.weight[distinct % self.buckets]  # (D, K)
-        texts, classes = len(layout.index), weights.shape[1]
-        logits = weights.new_zeros(texts, classes)
-        logits = logits.index_add(0, distinct // self.buckets, weights)  # (B, K)
-        if not output_evidence:
-            return logits, None
         share = (weights / count[:, None])[place] / (order[:, None] + 1)  # (M, K)
-        evidence = weights.new_zeros(len(ids), classes)
+        evidence = weights.new_zeros(len(ids), weights.shape[1])
         for back in range(self.size):
             reaches = order >= back
             evidence = evidence.index_add(0, end[reaches] - back, share[reaches])
@@ -135,6 +154,8 @@ def buckets_of_texts(
 
 def features(rows: Sequence[np.ndarray], size: int, buckets: int) -> sparse.csr_matrix:
     """(n, buckets) ones where a text has an n-gram of that bucket."""
+    import scipy.sparse as sparse
+
     indices, counts = [], []
     for chunk in _chunks(rows):
         found, text = buckets_of_texts(chunk, size, buckets)  # (size, N), (N,)
@@ -228,6 +249,10 @@ def _fit_one(
     counts: sparse.csr_matrix, is_label: np.ndarray, c: float, sample_weight: np.ndarray | None
 ) -> tuple[np.ndarray, float]:
     """Weight (buckets,) and bias of "is it this class?"."""
+    import scipy.sparse as sparse
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
     times = np.ones(len(is_label)) if sample_weight is None else sample_weight
     inside = SMOOTHING + counts[is_label].T @ times[is_label]  # (V,)
     outside = SMOOTHING + counts[~is_label].T @ times[~is_label]  # (V,)
@@ -258,6 +283,8 @@ def best_scales(parts: Sequence[np.ndarray], labels: np.ndarray) -> np.ndarray:
         parts: (n, K) logits each.
         labels: (n,) class index of each example.
     """
+    from scipy.optimize import minimize
+
     stacked = np.stack(parts).astype(np.float64)  # (parts, n, K)
     picked = np.arange(len(labels)), labels
 

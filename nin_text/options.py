@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 from nin_text.errors import UserError
 
+METRICS_FILE = "metrics.json"  # of a run folder
 PRESET_NAMES = ("nin-text-paper", "nin-text-small", "nin-text-base")
 NETWORK_NAMES = ("kim-cnn", "dpcnn", "bilstm", "transformer", "mlpconv-fc", "cnn-fc")
 LINEAR_NAMES = ("tfidf-svm", "nb-logreg")
@@ -312,7 +313,10 @@ class PredictOptions(CommonOptions):
         "running Ray cluster to use, e.g. auto (default: one is started on this machine)"
     )
     max_length: int | None = option("cut texts to this many tokens (default: as in training)")
-    batch_tokens: int = option("most tokens in a batch, padding included", 32_768)
+    batch_tokens: int = option(
+        "most tokens in a batch of a transformer, padding included; NiN models need no padding",
+        32_768,
+    )
     precision: str = option(PRECISION_HELP, "fp32", choices=PRECISIONS)
     explain: str | None = option(
         "add the evidence of each token to the JSON, and show it: as text (what --explain alone "
@@ -387,6 +391,27 @@ class CompareOptions(CommonOptions, DataOptions):
         return super().arguments() | {"unsupervised": self.unlabelled}
 
 
+@dataclass
+class BenchmarkOptions(CommonOptions, DataOptions):
+    """How speed is measured."""
+
+    model: list[str] = option(
+        f"NiN models: ready-made ({', '.join(READY_MADE)}), run folders, or presets "
+        f"({', '.join(PRESET_NAMES)}), which get random weights",
+        (READY_MADE[0], "nin-text-base"),
+        nargs="+",
+        metavar="MODEL",
+    )
+    rounds: int = option("rounds of timing; everything has its turn in each", 7)
+    threads: int | None = option("threads (default: one for each core)")
+    output_dir: Path | None = option(
+        "folder for benchmark.md and benchmark.json (default: benchmarks/<dataset>)"
+    )
+    quick: bool = option(
+        "about a minute: fewer texts and sizes, 2 rounds, and no ONNX transformer", False
+    )
+
+
 def check(options: CommonOptions) -> None:
     """Refuse values that no run can have.
 
@@ -436,6 +461,18 @@ def model_folder(name: str) -> str:
     if name not in READY_MADE or Path(name).is_dir():
         return name
     return str(Path(__file__).parent / "ready_made" / name)
+
+
+def trained_max_length(folder: str) -> int | None:
+    """The length to which a run cut its training texts; None if it did not, or is no run."""
+    try:
+        # Not options.json: that may already belong to a next run, which has yet to finish.
+        metrics = json.loads(
+            (Path(model_folder(folder)) / METRICS_FILE).read_text(encoding="utf-8")
+        )
+        return int(metrics["options"]["max_length"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def is_nin(model: str) -> bool:

@@ -18,10 +18,10 @@ import torch
 from huggingface_hub import EvalResult, ModelCardData
 
 from nin_text import data, image_data
+from nin_text.options import METRICS_FILE as METRICS_FILE
 
 LIBRARIES = "nin-text torch transformers datasets tokenizers scikit-learn accelerate numpy".split()
 MAX_CLASSES_SHOWN = 30
-METRICS_FILE = "metrics.json"
 MISTAKES_FILE = "mistakes.html"  # of a NiN model
 CLASS_MAPS_FILE = "class_maps.html"  # of an image model
 

@@ -62,6 +62,7 @@ class NiNTextCategorizer(Pipe):
             UserError: if the folder is no model.
         """
         from nin_text import models
+        from nin_text.options import trained_max_length
 
         if not self.folder:
             raise UserError(
@@ -70,7 +71,7 @@ class NiNTextCategorizer(Pipe):
             )
         classifier = models.load(self.folder)
         if self.max_length is None:
-            self.max_length = models.trained_max_length(self.folder)
+            self.max_length = trained_max_length(self.folder)
         return classifier
 
     @property

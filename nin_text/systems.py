@@ -38,6 +38,7 @@ from nin_text.options import (
     PRESET_NAMES,
     CompareOptions,
     TrainOptions,
+    trained_max_length,
 )
 from nin_text.report import METRICS_FILE, write_json
 from nin_text.run_folder import ANSWERS_FILE, OPTIONS_FILE
@@ -120,7 +121,7 @@ class _Network:
 
     def load(self, folder: Path) -> None:
         model, tokenizer = models.load(str(folder))
-        self.max_length = models.trained_max_length(str(folder))
+        self.max_length = trained_max_length(str(folder))
         self._use(model, tokenizer)
 
     def _use(self, model: Any, tokenizer: Any) -> None:

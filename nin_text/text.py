@@ -143,8 +143,29 @@ class NiNTextModel(NiNTextPreTrainedModel):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         layout = Rows.from_attention_mask(attention_mask, self.gap, self.stride)
-        mask = layout.mask  # (N, 1)
         ids = layout.pack(input_ids, fill=self.config.pad_token_id or 0)  # (N,)
+        x = self.run_blocks(ids, layout.mask)  # (N / stride, C)
+        mask = layout.mask[:: self.stride]  # (N / stride, 1)
+        scores = None
+        # The pooled sum has one term for each token: bf16 would lose the small ones.
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.float() * mask
+            if self.attention is not None:
+                scores = layout.unpack(self.attention(x), self.stride)[..., 0]  # (B, T)
+            weights = pooling_weights(layout.token_mask, scores)  # (B, T)
+            pooled = pool_rows(x, layout, weights, self.stride)  # (B, C)
+        return EncodedRows(ids, x, layout, weights, pooled)
+
+    def run_blocks(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Embeddings, blocks and final norm in the rows layout.
+
+        Args:
+            ids: (N,) token ids.
+            mask: (N, 1), true where there is a token.
+
+        Returns:
+            (N / stride, C), arbitrary values where there is no token.
+        """
         x = self.embeddings(ids)  # (N, E)
         if self.training and self.config.word_dropout:
             mask_words = torch.rand(len(ids), 1, device=x.device) >= self.config.word_dropout
@@ -156,16 +177,7 @@ class NiNTextModel(NiNTextPreTrainedModel):
             x = block(x, mask.to(x.dtype))  # (N, C); a mask of x's type saves a conversion
             if pool:
                 x, mask = max_pool_rows(x, mask)  # (N / 2, C), (N / 2, 1)
-        x = self.final_norm(x)
-        scores = None
-        # The pooled sum has one term for each token: bf16 would lose the small ones.
-        with torch.autocast(x.device.type, enabled=False):
-            x = x.float() * mask
-            if self.attention is not None:
-                scores = layout.unpack(self.attention(x), self.stride)[..., 0]  # (B, T)
-            weights = pooling_weights(layout.token_mask, scores)  # (B, T)
-            pooled = pool_rows(x, layout, weights, self.stride)  # (B, C)
-        return EncodedRows(ids, x, layout, weights, pooled)
+        return self.final_norm(x)
 
     @can_return_tuple
     def forward(

@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -23,6 +22,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from nin_text.errors import UserError
+from nin_text.word_table import clean
 
 logger = logging.getLogger(__name__)
 
@@ -186,14 +186,6 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
-
-
-def clean(text: str) -> str:
-    """Replace what no tokenizer accepts: lone surrogates become U+FFFD."""
-    return _SURROGATE.sub("\ufffd", text)
-
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def truncation(tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> dict[str, Any]:

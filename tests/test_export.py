@@ -111,7 +111,7 @@ def test_every_preset_gives_the_same_in_onnx(
     name: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
     model = make_model(name, ngram_buckets=256, **options)
-    export.write_onnx(model, tmp_path / "model.onnx")
+    export.write_onnx(export.PaddedClassifier(model), tmp_path / "model.onnx", export.OUTPUTS)
     session = export.open_session(tmp_path / "model.onnx")
     lengths = [[1], [2], [700], [0, 3], [1, 1, 1], list(range(40))]
     ragged = (pad(random_texts(sizes, seed), extra=1) for seed, sizes in enumerate(lengths))

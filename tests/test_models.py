@@ -11,7 +11,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from nin_text import NiNTextConfig, NiNTextModel, models
 from nin_text.errors import UserError
-from nin_text.options import TrainOptions, with_recipe
+from nin_text.options import TrainOptions, trained_max_length, with_recipe
 from nin_text.tokenization import train_tokenizer
 
 TEXTS, LABELS = ["good film", "bad film", "good plot", "so so"] * 5, [0, 1, 0, 2] * 5
@@ -112,11 +112,11 @@ def test_pickled_weights_are_never_read(tmp_path: Path, trained: Path) -> None:
 
 
 def test_the_length_of_training_is_remembered(tmp_path: Path, trained: Path) -> None:
-    assert models.trained_max_length(str(trained)) == 0
-    assert models.trained_max_length(str(tmp_path)) is None
+    assert trained_max_length(str(trained)) == 0
+    assert trained_max_length(str(tmp_path)) is None
     for damage in ("{", "[]", '{"options": {"max_length": "x"}}'):
         (tmp_path / "metrics.json").write_text(damage)
-        assert models.trained_max_length(str(tmp_path)) is None
+        assert trained_max_length(str(tmp_path)) is None
 
 
 def test_an_encoder_alone_is_no_classifier(tmp_path: Path) -> None:

@@ -1,0 +1,324 @@
+"""Classifiers on packed tokens: what a saved model computes, as fast as it can be had.
+
+The texts of a job lie end to end in one array of rows, without padding, as in `blocks.Rows`. The
+rows go through the network a slice at a time, so that what it works on stays near the processor and
+memory does not grow with the length of a text. Each slice leaves for each of its texts the greatest
+attention score, the sum of weights and the weighted sum of token vectors: a softmax over the whole
+text in pieces. Neighbours across the edge of a slice are seen, so a slice changes no result.
+
+Letters in shapes: B texts, N rows, n rows of a slice, V tokens of the vocabulary, C channels,
+K classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nin_text.ngrams import distinct_keys, ngram_buckets, sum_of_distinct
+
+NORM_EPSILON = 1e-5  # of nn.LayerNorm
+# Rows of a slice. On a CPU those of a slice stay in the cache; a GPU wants large products.
+SLICE_ROWS = {"cpu": 4096, "cuda": 2**17}
+NGRAM_ROWS = 2**18  # whose n-grams are sorted at once
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+}
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Texts end to end, with `gap` rows or more that hold no token after each.
+
+    Attributes:
+        rows: (N + 2 * halo,) int64 token ids, `no_token` where there is none; `halo` rows without
+            a token before the first text and after the last.
+        starts: (B,) first row of each text, not counting the halo.
+        total: N.
+    """
+
+    rows: Tensor
+    starts: np.ndarray
+    total: int
+
+    @classmethod
+    def of(
+        cls,
+        ids: np.ndarray,
+        lengths: np.ndarray,
+        *,
+        no_token: int,
+        gap: int,
+        halo: int,
+        stride: int = 1,
+    ) -> Packed:
+        """Lay out token ids (M,) of texts of these lengths (B,); see `blocks.Rows` for `stride`."""
+        spans = -(-(lengths + gap) // stride) * stride  # (B,)
+        ends = spans.cumsum()
+        starts, total = ends - spans, int(ends[-1])
+        # Few different sizes: a product of a new one is compiled first, which takes longer still.
+        granule = max(stride, 8, 1 << max(0, min(total, 4096).bit_length() - 5))  # 6 % at most
+        total = -(-total // granule) * granule
+        rows: np.ndarray = np.full(total + 2 * halo, no_token, dtype=np.int64)
+        before = starts - (lengths.cumsum() - lengths)  # rows without a token before each text
+        rows[np.repeat(before + halo, lengths) + np.arange(len(ids))] = ids
+        return cls(torch.from_numpy(rows), starts, total)
+
+
+class FoldedBlock:
+    """Encoder of one block whose convolution is a sum of table rows.
+
+    Before the convolution there are only the embedding and its norm, which see one token each: what
+    a tap of the convolution makes of a token is one of V vectors, computed once.
+
+    Args:
+        config: that of the model, as a dict.
+        weights: of the encoder, by their names in it, float32.
+        dtype: of tables and products.
+    """
+
+    stride = 1
+    normed = False  # the final norm is left to the classifier
+
+    def __init__(
+        self, config: dict[str, Any], weights: dict[str, Tensor], dtype: torch.dtype
+    ) -> None:
+        embeddings, width = weights["embeddings.weight"], config["kernel_sizes"][0][0]
+        normed = embeddings
+        if config["norm"]:
+            scale, shift = weights["blocks.0.norm.weight"], weights["blocks.0.norm.bias"]
+            normed = F.layer_norm(embeddings, scale.shape, scale, shift, NORM_EPSILON)
+        conv = weights["blocks.0.spatial.convs.0.weight"]  # (C, E, width)
+        taps = normed @ conv.permute(2, 1, 0)  # (width, V, C)
+        taps[width // 2] += weights["blocks.0.spatial.convs.0.bias"]
+        # One more row for where there is no token.
+        self.taps = F.pad(taps, (0, 0, 0, 1)).flatten(0, 1).to(dtype)  # (width * (V + 1), C)
+        self.no_token = len(embeddings)
+        self.first_rows = torch.arange(width, device=conv.device) * (self.no_token + 1)
+        self.dilation = config["dilations"][0]
+        self.gap = self.halo = width // 2 * self.dilation
+        self.gap = max(self.gap, 1)
+        self.linears = [
+            (weights[f"blocks.0.pointwise.{i}.weight"].to(dtype),
+             weights[f"blocks.0.pointwise.{i}.bias"].to(dtype))
+            for i in range(len(config["block_channels"][0]) - 1)
+        ]  # fmt: skip
+        self.act = ACTIVATIONS[config["hidden_act"]]
+        self.embeddings = None
+        if config["residual"]:
+            self.embeddings = F.pad(embeddings, (0, 0, 0, 1))
+            if self.linears:  # whose last bias comes with it
+                weight, bias = self.linears[-1]
+                self.embeddings += weights[f"blocks.0.pointwise.{len(self.linears) - 1}.bias"]
+                self.linears[-1] = weight, torch.zeros_like(bias)
+            self.embeddings = self.embeddings.to(dtype)
+
+    @staticmethod
+    def supports(config: dict[str, Any]) -> bool:
+        """Whether a network has but one block, of one odd width and without max pooling."""
+        return (
+            len(config["block_channels"]) == 1
+            and len(config["kernel_sizes"][0]) == 1
+            and config["kernel_sizes"][0][0] % 2 == 1
+            and not config["pool"][0]
+        )
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """(n + 2 * halo,) token ids to (n, C), before the final norm."""
+        reach = 2 * self.halo + 1
+        windows = rows.unfold(0, reach, 1)[:, :: self.dilation] + self.first_rows  # (n, width)
+        x = F.embedding_bag(windows, self.taps, mode="sum")  # (n, C)
+        if self.embeddings is None:
+            for weight, bias in self.linears:
+                x = F.linear(self.act(x), weight, bias)
+            return self.act(x)
+        tokens = F.embedding(rows[self.halo : len(rows) - self.halo], self.embeddings)
+        if not self.linears:
+            return tokens + x
+        for weight, bias in self.linears[:-1]:
+            x = F.linear(self.act(x), weight, bias)
+        return torch.addmm(tokens, self.act(x), self.linears[-1][0].t())
+
+
+class PackedClassifier:
+    """Logits of packed texts.
+
+    Args:
+        encoder: `FoldedBlock`, or what has its attributes and call.
+        weights: of the classifier and what follows the encoder, by their names in the model.
+        config: that of the model, as a dict.
+    """
+
+    def __init__(self, encoder: Any, weights: dict[str, Tensor], config: dict[str, Any]) -> None:
+        self.encoder = encoder
+        self.norm_weight = self.norm_bias = None
+        if config["norm"] and not encoder.normed:
+            self.norm_weight = weights["nin.final_norm.weight"]
+            self.norm_bias = weights["nin.final_norm.bias"]
+        self.classifier = weights["classifier.weight"], weights["classifier.bias"]
+        self.device = self.classifier[0].device
+        self.ngram_size = config["ngram_size"]
+        if self.ngram_size:
+            self.ngrams = weights["ngrams.weight"], weights["ngrams.bias"]
+        # What a token's vector is multiplied by for its mean, and for its attention score.
+        channels = config["block_channels"][-1][-1]
+        attention = weights.get("nin.attention.weight")
+        self.has_scores = attention is not None
+        projections = [torch.full((channels,), 1 / channels, device=self.device)]
+        if attention is not None:
+            scale = 1.0 if self.norm_weight is None else self.norm_weight
+            projections.append(attention[0] * scale)
+        self.projections = torch.stack(projections)  # (1 or 2, C)
+        self.slice_rows = SLICE_ROWS.get(self.device.type, SLICE_ROWS["cuda"])
+
+    def logits(self, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """(B, K) float32 logits of texts with token ids (M,) and these lengths (B,), none 0."""
+        encoder = self.encoder
+        packed = Packed.of(
+            ids,
+            lengths,
+            no_token=encoder.no_token,
+            gap=encoder.gap,
+            halo=encoder.halo,
+            stride=encoder.stride,
+        )
+        with torch.inference_mode():
+            rows = packed.rows.to(self.device)
+            pooled = self._pool(rows, packed)  # (B, C)
+            logits = F.linear(pooled, *self.classifier)  # (B, K)
+            if self.ngram_size:
+                logits += self._ngram_evidence(rows, packed) + self.ngrams[1]
+            return logits.float().cpu().numpy()
+
+    def _pool(self, rows: Tensor, packed: Packed) -> Tensor:
+        """(N + 2 * halo,) rows to (B, C): the weighted mean of the token vectors of each text."""
+        step = self.slice_rows // self.encoder.stride * self.encoder.stride
+        parts = []
+        for start in range(0, packed.total, step):
+            end = min(start + step, packed.total)
+            first = int(np.searchsorted(packed.starts, start, "right")) - 1
+            last = int(np.searchsorted(packed.starts, end))
+            offsets = np.append(np.maximum(packed.starts[first:last] - start, 0), end - start)
+            window = rows[start : end + 2 * self.encoder.halo]
+            texts = torch.arange(first, last, device=self.device)
+            parts.append((texts, *self._slice(window, torch.from_numpy(offsets).to(self.device))))
+        texts, tops, totals, sums = (torch.cat(part) for part in zip(*parts, strict=True))
+        count = len(packed.starts)
+        if len(texts) > count:  # some text lies in several slices
+            top = tops.new_full((count,), -torch.inf).scatter_reduce(0, texts, tops, "amax")
+            scale = (tops - top[texts]).exp()
+            totals = totals.new_zeros(count).index_add(0, texts, totals * scale)
+            sums = sums.new_zeros(count, sums.shape[1]).index_add(0, texts, sums * scale[:, None])
+        return self._normed(sums / totals[:, None])
+
+    def _slice(self, window: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What a slice adds to the pooled sum of each text in it.
+
+        Args:
+            window: (n + 2 * halo,) token ids.
+            offsets: (b + 1,) where each text begins in the slice, and n.
+
+        Returns:
+            The greatest score (b,), the sum of weights (b,) relative to it, and the weighted sum
+            (b, C) of token vectors divided by their standard deviation.
+        """
+        halo = self.encoder.halo
+        tokens = window[halo : len(window) - halo] != self.encoder.no_token  # (n,)
+        x = self.encoder(window).float()  # (n, C)
+        projected = F.linear(x, self.projections)  # (n, 1 or 2)
+        mean = projected[:, 0]
+        inverse = None
+        if self.norm_weight is not None:
+            square = torch.linalg.vector_norm(x, dim=1).square() / x.shape[1]
+            inverse = (square - mean.square() + NORM_EPSILON).rsqrt()  # (n,), 1 / deviation
+        if self.has_scores:
+            score = projected[:, 1]
+            if inverse is not None:
+                score = (score - mean * self.projections[1].sum()) * inverse
+            score = score.masked_fill(~tokens, torch.finfo(score.dtype).min)
+            top = torch.segment_reduce(score, "max", offsets=offsets)  # (b,)
+            spread = torch.repeat_interleave(top, offsets.diff(), output_size=len(score))
+            weights = (score - spread).exp() * tokens
+        else:
+            top = x.new_zeros(len(offsets) - 1)
+            weights = tokens.float()
+        total = torch.segment_reduce(weights, "sum", offsets=offsets)  # (b,)
+        if inverse is not None:
+            weights = weights * inverse
+        each = torch.arange(len(x), device=x.device)
+        sums = F.embedding_bag(each, x, offsets[:-1], mode="sum", per_sample_weights=weights)
+        return top, total, sums
+
+    def _normed(self, pooled: Tensor) -> Tensor:
+        """What remains of the final norm: (B, C) to (B, C).
+
+        The mean of tokens divided by their deviation still has to be centred, scaled and shifted,
+        which is the same for every token and so can wait until they are summed.
+        """
+        if self.norm_weight is None or self.norm_bias is None:
+            return pooled
+        return (pooled - pooled.mean(dim=1, keepdim=True)) * self.norm_weight + self.norm_bias
+
+    def _ngram_evidence(self, rows: Tensor, packed: Packed) -> Tensor:
+        """(B, K) evidence of the distinct n-grams of each text, without the bias."""
+        halo, buckets = self.encoder.halo, len(self.ngrams[0])
+        ids = rows[halo : halo + packed.total]  # (N,)
+        starts = torch.from_numpy(packed.starts).to(self.device)
+        spans = starts.diff(append=starts.new_tensor([packed.total]))
+        text = torch.repeat_interleave(spans, output_size=packed.total)  # (N,)
+        keys = []
+        for start in range(0, packed.total, NGRAM_ROWS):
+            # N-grams that end in this part may begin before it.
+            before = max(0, start - self.ngram_size + 1)
+            part = ids[before : start + NGRAM_ROWS]
+            found = ngram_buckets(
+                part, part != self.encoder.no_token, self.ngram_size, buckets
+            )[:, start - before :]  # fmt: skip
+            keys.append(distinct_keys(found, text[start : start + NGRAM_ROWS], buckets))
+        distinct = keys[0] if len(keys) == 1 else torch.cat(keys).unique()
+        return sum_of_distinct(distinct, len(starts), self.ngrams[0])
+
+
+class BlocksEncoder:
+    """Encoder of any number of blocks: those of the model, on windows that overlap.
+
+    Args:
+        nin: the encoder, a `NiNTextModel`.
+        autocast: dtype of the matrix products, or None for float32.
+    """
+
+    normed = True
+
+    def __init__(self, nin: Any, autocast: torch.dtype | None) -> None:
+        self.nin = nin
+        self.autocast = autocast
+        self.stride, self.gap = nin.stride, nin.gap
+        self.no_token = nin.config.vocab_size
+        self.pad = nin.config.pad_token_id or 0
+        reach, stride = 0, 1  # how far a token sees, to either side
+        for sizes, dilation, pool in zip(
+            nin.config.kernel_sizes, nin.config.dilations, nin.config.pool, strict=True
+        ):
+            reach += stride * (dilation * (max(sizes) // 2) + pool)
+            stride *= 1 + pool
+        self.halo = math.ceil(reach / stride) * stride
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """(n + 2 * halo,) token ids to (n, C), after the final norm."""
+        tokens = rows != self.no_token
+        ids = rows.masked_fill(~tokens, self.pad)
+        with torch.autocast(rows.device.type, self.autocast, self.autocast is not None):
+            x = self.nin.run_blocks(ids, tokens[:, None])  # ((n + 2 * halo) / stride, C)
+        halo = self.halo // self.stride
+        x = x[halo : len(x) - halo]
+        return x.repeat_interleave(self.stride, dim=0) if self.stride > 1 else x

@@ -1,0 +1,287 @@
+"""Raw texts in, labels and probabilities out, as fast as this machine can.
+
+`Predictor` reads what a run leaves (config.json, model.safetensors, tokenizer.json) without
+transformers, whose import takes longer than everything else here. Texts are tokenized by looking up
+words (`word_table.py`) and go through the network without padding, its convolution folded into
+tables (`packed.py`). The answers are those of `NiNTextForSequenceClassification`: equal within
+rounding in float32, and in bfloat16 within what that type can tell.
+
+Letters in shapes: n texts, K classes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+from threading import Barrier, Lock
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+
+from nin_text.device import pick_device, use_bf16
+from nin_text.errors import UserError
+from nin_text.options import model_folder, trained_max_length
+from nin_text.packed import BlocksEncoder, FoldedBlock, PackedClassifier
+from nin_text.word_table import WordTable, clean
+
+# Characters of a job, which one thread works on. Smaller calls are cut into one for each thread,
+# but not below the least: the threads would wait for each other.
+LEAST_JOB, MOST_JOB = 2**14, 2**17
+UNLIMITED = 10**9  # tokens
+MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+MOST_TABLE_BYTES = 2**28  # of a folded convolution; a larger one is computed
+CONFIG_FIELDS = set(
+    "block_channels dilations hidden_act id2label kernel_sizes ngram_size norm pool residual "
+    "vocab_size".split()
+)
+
+
+class Predictor:
+    """A saved NiN classifier that answers fast.
+
+    Safe to be called from several threads. Each call is spread over the processor's cores if it
+    brings enough text.
+
+    Args:
+        model: ready-made model, folder of a training run, or hub id of a NiN.
+        device: "cpu", "cuda", or "auto" for the best there is. "mps" means the CPU.
+        precision: of matrix products and tables: "fp32", "bf16", or "auto" for bf16 where the
+            processor multiplies it natively.
+        max_length: cut texts to this many tokens, 0 for none; that of training if None.
+
+    Attributes:
+        label_names: K class names; columns of the probabilities.
+        precision: "fp32" or "bf16".
+        threads: how many jobs are worked on at once.
+        tokenizer, classifier: the two stages of a job.
+
+    Raises:
+        UserError: if there is no such model, or if it is no NiN with one class for each text.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        device: str = "auto",
+        precision: str = "auto",
+        max_length: int | None = None,
+    ) -> None:
+        folder = _folder(str(model))
+        self.folder, config = folder, _config(folder)
+        names = {int(i): str(name) for i, name in config["id2label"].items()}
+        self.label_names = [names[i] for i in sorted(names)]
+        self.device = pick_device(device)
+        if self.device.type == "mps":  # which lacks segment_reduce; a CPU is fast enough for NiN
+            self.device = torch.device("cpu")
+        bf16 = use_bf16(precision, self.device)
+        self.precision = "bf16" if bf16 else "fp32"
+        if max_length is None:
+            max_length = trained_max_length(str(folder))
+        self.tokenizer = PackedTokenizer(folder, max_length)
+        self.classifier = _classifier(
+            folder, config, torch.bfloat16 if bf16 else torch.float32, self.device
+        )
+        self.threads = torch.get_num_threads() if self.device.type == "cpu" else 2
+        self._pool: ThreadPoolExecutor | None = None
+        self._lock = Lock()
+
+    def predict(self, texts: Iterable[str]) -> list[str]:
+        """The most probable class of each text."""
+        return [self.label_names[i] for i in self.logits(texts).argmax(axis=1)]
+
+    def predict_proba(self, texts: Iterable[str]) -> np.ndarray:
+        """(n, K) float32 class probabilities."""
+        logits = self.logits(texts)
+        exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
+        return exponentials / exponentials.sum(axis=1, keepdims=True)
+
+    def logits(self, texts: Iterable[str]) -> np.ndarray:
+        """(n, K) float32 logits, whose softmax `predict_proba` gives."""
+        if isinstance(texts, str):
+            raise TypeError("texts must be a list of strings, not one string")
+        texts = texts if isinstance(texts, Sequence) else list(texts)
+        answers = self.map(self._answer, list(self.jobs(texts)))
+        return np.concatenate([np.zeros((0, len(self.label_names)), np.float32), *answers])
+
+    def fingerprint(self) -> str:
+        """A hash of weights, configuration and tokenizer, wherever they lie."""
+        digest = hashlib.sha256()
+        for name in MODEL_FILES:
+            digest.update((self.folder / name).read_bytes())
+        return digest.hexdigest()[:16]
+
+    def map(self, work: Callable[[Any], Any], jobs: Sequence[Any]) -> list[Any]:
+        """What `work` makes of each job: several at once on a core each, a single one on all."""
+        if len(jobs) > 1 and self.threads > 1:
+            return list(self._threads().map(work, jobs))
+        return [work(job) for job in jobs]
+
+    def jobs(self, texts: Sequence[str]) -> Iterator[Sequence[str]]:
+        """Consecutive texts of about as many characters as one core should work on."""
+        lengths = np.array([len(text) for text in texts] or [0])
+        most = np.clip(lengths.sum() // self.threads, LEAST_JOB, MOST_JOB)
+        job = (lengths.cumsum() - 1) // most
+        bounds = [0, *(np.flatnonzero(job[1:] != job[:-1]) + 1).tolist(), len(texts)]
+        return (texts[start:end] for start, end in pairwise(bounds) if start < end)
+
+    def _answer(self, texts: Sequence[str]) -> np.ndarray:
+        return self.classifier.logits(*self.tokenizer.encode(texts))
+
+    def _threads(self) -> ThreadPoolExecutor:
+        """Threads that each compute on one core, started when first needed."""
+        with self._lock:
+            if self._pool is None:
+                started = Barrier(self.threads + 1)
+
+                def use_one_core() -> None:
+                    torch.set_num_threads(1)
+                    torch.get_num_threads()  # a thread takes its number when it is first asked
+                    started.wait()
+
+                # The number also becomes that of all threads that have not used torch yet. This
+                # is undone as soon as every thread here has taken its own.
+                before = torch.get_num_threads()
+                self._pool = ThreadPoolExecutor(self.threads, "nin-text", use_one_core)
+                for _ in range(self.threads):
+                    self._pool.submit(int)
+                started.wait()
+                torch.set_num_threads(before)
+            return self._pool
+
+
+class PackedTokenizer:
+    """The tokenizer of a saved model: texts to ids end to end.
+
+    Args:
+        folder: holds tokenizer.json and tokenizer_config.json.
+        max_length: cut texts to this many tokens; None or 0 keeps what the tokenizer allows.
+    """
+
+    def __init__(self, folder: Path, max_length: int | None) -> None:
+        try:
+            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        except Exception as error:
+            raise UserError(f"no tokenizer could be loaded from {folder} ({error})") from error
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        limit = min(max_length or UNLIMITED, settings.get("model_max_length") or UNLIMITED)
+        self.limit = int(limit) if limit < UNLIMITED else None
+        unknown = settings.get("unk_token")
+        unknown = unknown["content"] if isinstance(unknown, dict) else unknown
+        self.empty = (tokenizer.token_to_id(unknown) if unknown else None) or 0
+        self.words = WordTable(tokenizer) if WordTable.supports(tokenizer) else None
+        if self.words is None and self.limit is not None:
+            tokenizer.enable_truncation(self.limit)
+        self.tokenizer = tokenizer
+
+    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids end to end (N,) and how many each text has (n,); a text without any gets [UNK]."""
+        if self.words is not None:
+            ids, lengths = self.words.encode(texts)
+            if self.limit is not None and len(lengths) and lengths.max() > self.limit:
+                place = np.arange(len(ids)) - np.repeat(lengths.cumsum() - lengths, lengths)
+                ids, lengths = ids[place < self.limit], np.minimum(lengths, self.limit)
+        else:
+            cleaned = [clean(text) for text in texts]
+            rows = [encoding.ids for encoding in self.tokenizer.encode_batch_fast(cleaned)]
+            lengths = np.array([len(row) for row in rows], dtype=np.int64)
+            ids = np.array([i for row in rows for i in row], dtype=np.int32)
+        empty = np.flatnonzero(lengths == 0)
+        if len(empty):
+            ids = np.insert(ids, (lengths.cumsum() - lengths)[empty], self.empty)
+            lengths[empty] = 1
+        return ids, lengths
+
+
+# ---- reading what was saved ----------------------------------------------------------------------
+
+
+def _folder(name: str) -> Path:
+    """The folder of a model, downloaded if it is on the hub.
+
+    Raises:
+        UserError: if there is none.
+    """
+    folder = Path(model_folder(name))
+    if folder.is_dir():
+        return folder
+    if name.count("/") != 1 or name.startswith((".", "/")):
+        raise UserError(f"there is no model {name!r}; give a ready-made model or a run folder")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "model.safetensors"]))
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"no model could be loaded from {name!r} ({reason})") from error
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """The configuration of a model, every field of it.
+
+    Raises:
+        UserError: if it is none of a NiN that answers with one class for each text.
+    """
+    try:
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        kind = config["model_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} is no model folder: it has no readable config.json") from error
+    if kind != "nin_text":
+        raise UserError(f"{folder} holds a model of type {kind}; only NiN models can be packed")
+    if config.get("problem_type") not in (None, "single_label_classification"):
+        raise UserError(
+            f"{folder} is a model for {config['problem_type'].replace('_', ' ')}; a Predictor "
+            f"answers with one class for each text"
+        )
+    if not config.keys() >= CONFIG_FIELDS:  # written by hand: the defaults are in the class
+        from nin_text.configuration import NiNTextConfig
+
+        config = NiNTextConfig.from_pretrained(str(folder)).to_dict()
+    return config
+
+
+def _classifier(
+    folder: Path, config: dict[str, Any], dtype: torch.dtype, device: torch.device
+) -> PackedClassifier:
+    """The network of a saved model; folded if it can be.
+
+    Raises:
+        UserError: if the file of the weights is missing, damaged or without a classifier.
+    """
+    table_bytes = (
+        sum(config["kernel_sizes"][0])
+        * config["vocab_size"]
+        * config["block_channels"][0][0]
+        * dtype.itemsize
+    )
+    if not FoldedBlock.supports(config) or table_bytes > MOST_TABLE_BYTES:
+        from nin_text.models import load_classifier  # imports transformers
+
+        model = load_classifier(str(folder)).to(device)  # type: ignore[arg-type]
+        encoder = BlocksEncoder(model.nin, None if dtype == torch.float32 else dtype)
+        return PackedClassifier(encoder, model.state_dict(), config)
+    try:
+        saved = load_file(folder / "model.safetensors", device=str(device))
+        if "classifier.weight" not in saved:
+            raise UserError(f"{folder} holds no classifier; give the folder of a training run")
+        weights = {
+            name: value.float() if value.is_floating_point() else value
+            for name, value in saved.items()
+        }
+        nin = {name[4:]: value for name, value in weights.items() if name.startswith("nin.")}
+        return PackedClassifier(FoldedBlock(config, nin, dtype), weights, config)
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"no model could be loaded from {str(folder)!r} ({reason})") from error

@@ -1,0 +1,235 @@
+"""What `speed.py` measures besides a Predictor: models of random weights, and other systems.
+
+Speed does not depend on what the weights are, so presets and the transformer have random ones where
+there are none at hand. Each system is a function from texts to answers.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.svm import LinearSVC
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from nin_text import export, models
+from nin_text.baselines import TOKEN, FastText
+from nin_text.configuration import NiNTextConfig
+from nin_text.data import TextDataset
+from nin_text.device import keep_freed_memory
+from nin_text.errors import UserError
+from nin_text.evaluation import batches_by_length, pad, predict_logits, softmax
+from nin_text.options import PACKAGED, PRESET_NAMES, RECIPES, model_folder
+from nin_text.predictor import Predictor
+from nin_text.text import NiNTextForSequenceClassification
+from nin_text.tokenization import cached_tokenizer, encode
+
+Answer = Callable[[Sequence[str]], Any]
+
+MINILM = "all-MiniLM-L6-v2"
+MINILM_TOKENS = 256  # its texts are cut to
+MINILM_BATCH = 8192  # tokens
+TOKENIZER_TEXTS = 10_000  # that a tokenizer is trained on
+BUCKETS = 2**20  # rows of a random n-gram table of two classes
+SVM_C = 0.3
+
+
+def random_model(name: str, dataset: TextDataset, folder: Path) -> Path:
+    """The folder of a saved model, or one that is made of a preset, with random weights.
+
+    Args:
+        name: preset, ready-made model or run folder.
+        dataset: its training texts make the tokenizer of a preset.
+        folder: is filled if `name` is a preset.
+    """
+    if name not in PRESET_NAMES:
+        return Path(model_folder(name))
+    settings = RECIPES["default"]
+    tokenizer = cached_tokenizer(
+        dataset.splits["train"].texts[:TOKENIZER_TEXTS],
+        kind="wordpiece",
+        vocab_size=settings["vocab_size"],
+        lowercase=True,
+    )
+    model = _random(name, len(dataset.label_names), len(tokenizer))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def random_weights(
+    name: str, classes: int, vocab_size: int
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Configuration and weights of a preset."""
+    model = _random(name, classes, vocab_size)
+    return model.config.to_dict(), model.state_dict()
+
+
+@torch.no_grad()
+def _random(name: str, classes: int, vocab_size: int) -> NiNTextForSequenceClassification:
+    config = NiNTextConfig.from_preset(
+        name,
+        vocab_size=vocab_size,
+        num_labels=classes,
+        ngram_size=RECIPES["default"]["ngrams"],
+        ngram_buckets=max(2**12, min(BUCKETS, 2**25 >> classes.bit_length())),
+    )
+    model = NiNTextForSequenceClassification(config).eval()
+    assert model.ngrams is not None
+    model.ngrams.weight.normal_(std=0.1)
+    return model
+
+
+def padded(folder: Path, predictor: Predictor) -> Answer:
+    """The model as transformers runs it: its own tokenizer call, and padded batches."""
+    keep_freed_memory()
+    model, tokenizer = models.load(str(folder))
+    model.to(predictor.device)  # type: ignore[arg-type]
+    autocast = torch.bfloat16 if predictor.precision == "bf16" else None
+
+    def answer(texts: Sequence[str]) -> np.ndarray:
+        rows = encode(tokenizer, texts)
+        return softmax(predict_logits(model, rows, pad_token_id=0, autocast=autocast))
+
+    return answer
+
+
+def training_step(
+    folder: Path, predictor: Predictor, texts: Sequence[str]
+) -> tuple[Callable[[], None], int, int]:
+    """One step of training on a batch of the default size: forward, backward and AdamW.
+
+    Returns:
+        The step, and how many texts and tokens are in its batch.
+    """
+    model: Any = models.load_classifier(str(folder)).to(predictor.device).train()  # type: ignore[arg-type]
+    ids, lengths = predictor.tokenizer.encode(texts)
+    count = int(np.searchsorted(lengths.cumsum(), RECIPES["default"]["batch_tokens"])) or 1
+    rows = np.split(ids, lengths.cumsum())[:count]
+    input_ids, mask = (tensor.to(predictor.device) for tensor in pad(rows, 0))
+    labels = torch.arange(count, device=predictor.device) % model.config.num_labels
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    bf16 = predictor.precision == "bf16"
+
+    def step() -> None:
+        with torch.autocast(predictor.device.type, torch.bfloat16, bf16):
+            loss = model(input_ids=input_ids, attention_mask=mask, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if predictor.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return step, count, int(lengths[:count].sum())
+
+
+# ---- other systems -------------------------------------------------------------------------------
+
+
+def fasttext(dataset: TextDataset, scratch: Path) -> tuple[Answer | None, float]:
+    """The fastText library with one setting, and the seconds of fitting it; one thread answers."""
+    try:
+        system = FastText(seed=0)
+    except UserError:
+        return None, 0.0
+    system.candidates = ((0.5, 5),)
+    folder = scratch / "fasttext"
+    folder.mkdir()
+    started = time.perf_counter()
+    system.fit(dataset, folder)
+    seconds = (time.perf_counter() - started) / 2  # it is fitted with and without validation split
+    system.load(folder)
+    return system.probabilities, seconds
+
+
+def svm(dataset: TextDataset, scratch: Path) -> tuple[Answer | None, float]:
+    """TF-IDF of 1- and 2-grams and a linear SVM, and the seconds of fitting it; one thread."""
+    train = dataset.splits["train"]
+    vectorizer = TfidfVectorizer(
+        ngram_range=(1, 2), sublinear_tf=True, token_pattern=TOKEN.pattern, dtype=np.float32
+    )
+    started = time.perf_counter()
+    classifier = LinearSVC(C=SVM_C, random_state=0).fit(
+        vectorizer.fit_transform(train.texts), train.labels
+    )
+    seconds = time.perf_counter() - started
+    return lambda texts: classifier.decision_function(vectorizer.transform(texts)), seconds
+
+
+class _Logits(nn.Module):
+    """A classifier of transformers as a function of two tensors."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+
+
+class MiniLM:
+    """MiniLM-L6 on texts cut to 256 tokens, in batches of texts of similar length."""
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model, self.tokenizer = model.eval(), tokenizer
+
+    def rows(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return encode(self.tokenizer, texts, MINILM_TOKENS)
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        return predict_logits(
+            self.model, self.rows(texts), pad_token_id=0, batch_tokens=MINILM_BATCH
+        )
+
+
+def minilm(dataset: TextDataset) -> tuple[MiniLM, str]:
+    """The transformer, and what its weights are, in words."""
+    classes = len(dataset.label_names)
+    if importlib.util.find_spec(PACKAGED[MINILM][0]) is not None:
+        folder = models.packaged(MINILM)
+        model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=classes)
+        return MiniLM(model, models.load_tokenizer(folder)), f"MiniLM-L6: the body of {MINILM}."
+    tokenizer = cached_tokenizer(
+        dataset.splits["train"].texts[:TOKENIZER_TEXTS],
+        kind="wordpiece",
+        vocab_size=30_000,
+        lowercase=True,
+    )
+    config = AutoConfig.for_model(
+        "bert",
+        hidden_size=384,
+        num_hidden_layers=6,
+        num_attention_heads=12,
+        intermediate_size=1536,
+        num_labels=classes,
+    )
+    model = AutoModelForSequenceClassification.from_config(config)
+    note = (
+        f"MiniLM-L6: its architecture with random weights ({MINILM} is not installed), on a "
+        f"tokenizer trained on the training texts."
+    )
+    return MiniLM(model, tokenizer), note
+
+
+def minilm_int8(transformer: MiniLM, scratch: Path) -> Answer | None:
+    """The same in ONNX with int8 matrices; None without onnxruntime."""
+    if importlib.util.find_spec("onnxruntime") is None:
+        return None
+    float32, int8 = scratch / "minilm.onnx", scratch / "minilm.int8.onnx"
+    export.write_onnx(_Logits(transformer.model), float32, ("logits",))
+    export.quantize(float32, int8)
+    session = export.open_session(int8)
+
+    def answer(texts: Sequence[str]) -> None:
+        rows = transformer.rows(texts)
+        for batch in batches_by_length([len(row) for row in rows], MINILM_BATCH):
+            export.run(session, *pad([rows[i] for i in batch], 0))
+
+    return answer

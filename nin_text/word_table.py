@@ -1,0 +1,295 @@
+"""Token ids of many texts at once: words are found and looked up, not tokenized again and again.
+
+The tokenizers that this package trains cut a text at white space and between letters and
+punctuation, and give each of the pieces, a word, the same tokens wherever it occurs. `WordTable`
+finds all words of a batch in a few passes of NumPy over its bytes and looks them up in a hash
+table; a word that is not there yet is given to the tokenizer itself. The ids are those of the
+tokenizer, exactly, at a small part of its cost. NumPy releases Python's global lock meanwhile.
+
+Letters in shapes: B texts, L bytes, W words, N tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from threading import Lock
+
+import numpy as np
+from tokenizers import Tokenizer
+
+# White space as the tokenizer's regular expressions know it, which is not quite Python's.
+LINE_BREAK = re.compile("<br[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]*/?>")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+# Classes of bytes. Words are runs of bytes of one class other than SPACE.
+SPACE, LETTER, MARK, OTHER = range(4)
+_CLASSES = bytes(
+    OTHER
+    if byte >= 128
+    else SPACE
+    if byte in b" \t\n\v\f\r"
+    else LETTER
+    if chr(byte).isalnum() or byte == ord("_")
+    else MARK
+    for byte in range(256)
+)
+
+KEY_BYTES = 15  # longest word of the table; the sixteenth byte of its key is the word's length
+_LOW_BYTES = np.array([2 ** (8 * n) - 1 for n in range(9)], dtype="<u8")
+_MIX = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)
+SLOTS = 2**15  # of an empty table; it doubles when half full
+MAX_WORDS = 2**18  # a table with so many is emptied: 30 MB at most
+CHUNK_BYTES = 2**18  # looked at together, so that memory stays bounded and near
+
+
+class WordTable:
+    """The ids that a tokenizer gives, faster.
+
+    Safe to be called from several threads.
+
+    Args:
+        tokenizer: one that `supports` approves of.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        description = json.loads(tokenizer.to_str())
+        self.lowercase = _is_lowercase(description)
+        self.special = [token["content"].encode() for token in description["added_tokens"]]
+        self.lock = Lock()
+        self._clear()
+
+    def _clear(self) -> None:
+        # Rows of the table: both halves of the key, and the number of the word; -1 if empty.
+        self.slots = _empty(SLOTS)
+        self.odd: dict[bytes, int] = {}  # words that have no key: number of each
+        self.first = np.zeros(1, dtype=np.int64)  # (words + 1,): where the ids of each begin
+        self.pieces = np.zeros(0, dtype=np.int32)  # ids of all words, end to end
+
+    @staticmethod
+    def supports(tokenizer: Tokenizer) -> bool:
+        """Whether words get the same tokens wherever they are, by rules that are known here."""
+        description = json.loads(tokenizer.to_str())
+        normalizer = description["normalizer"] or {}
+        steps = list(normalizer.get("normalizers", []))
+        if steps and steps[-1] == {"type": "Lowercase"}:
+            steps.pop()
+        break_to_space = {"type": "Replace", "pattern": {"Regex": r"<br\s*/?>"}, "content": " "}
+        return bool(
+            steps == [break_to_space, {"type": "NFKC"}]
+            and description["pre_tokenizer"] == {"type": "Whitespace"}
+            and description["truncation"] is None
+            and description["padding"] is None
+            and not tokenizer.num_special_tokens_to_add(False)
+            and not description["model"].get("dropout")
+            and all(
+                _is_plain(token) and not token["normalized"]
+                for token in description["added_tokens"]
+            )
+        )
+
+    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of all texts end to end, and how many each has.
+
+        Returns:
+            (N,) int32 and (B,) int64.
+        """
+        ids: list[np.ndarray] = []
+        lengths: np.ndarray = np.zeros(len(texts), dtype=np.int64)
+        chunk: list[bytes] = []
+        owner: list[int] = []
+        size = 0
+        for i, text in enumerate(texts):
+            for part in _parts(text):
+                chunk.append(part)
+                owner.append(i)
+                size += len(part)
+                if size >= CHUNK_BYTES:
+                    self._encode(chunk, owner, ids, lengths)
+                    chunk, owner, size = [], [], 0
+        if chunk:
+            self._encode(chunk, owner, ids, lengths)
+        return np.concatenate([np.zeros(0, dtype=np.int32), *ids]), lengths
+
+    def _encode(
+        self, chunk: list[bytes], owner: list[int], ids: list[np.ndarray], lengths: np.ndarray
+    ) -> None:
+        """Append the ids of the parts of a chunk to `ids`, and add their numbers to `lengths`."""
+        data = b"\n".join(chunk) + b"\n" * (KEY_BYTES + 2)  # keys may be read beyond the last word
+        starts, ends, odd = self._words(data)  # (W,) each
+        with self.lock:
+            words = self._look_up(data, starts, ends, odd)  # (W,)
+            first, pieces = self.first, self.pieces
+            if len(first) > MAX_WORDS:
+                self._clear()
+        begin = first[words]
+        counts = first[words + 1] - begin  # (W,)
+        total = np.concatenate([[0], counts.cumsum()])  # (W + 1,)
+        ids.append(pieces[np.repeat(begin - total[:-1], counts) + np.arange(total[-1])])
+        ends_of_parts = np.cumsum([len(part) + 1 for part in chunk])
+        tokens = total[np.searchsorted(starts, ends_of_parts)]
+        np.add.at(lengths, owner, np.diff(tokens, prepend=0))
+
+    def _words(self, data: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Where the words are: (W,) starts, ends, and whether the word has no key."""
+        kinds = np.frombuffer(bytearray(data.translate(_CLASSES)), dtype=np.uint8)  # (L,)
+        odd_bytes = [match.start() for token in self.special for match in _find(token, data)]
+        if not data.isascii():
+            odd_bytes += np.flatnonzero(kinds == OTHER).tolist()
+        if odd_bytes:
+            # Letters of other scripts may change or split when they are normalized, and so may
+            # their neighbours: all from white space to white space is one word.
+            spaces = np.flatnonzero(kinds == SPACE)
+            after = np.unique(np.searchsorted(spaces, odd_bytes))
+            before = np.where(after > 0, spaces[after - 1] + 1, 0)
+            for start, end in zip(before.tolist(), spaces[after].tolist(), strict=True):
+                kinds[start:end] = OTHER
+        bounds = np.flatnonzero(kinds[1:] != kinds[:-1]) + 1
+        if kinds[0] != SPACE:
+            bounds = np.concatenate([[0], bounds])
+        kind = kinds[bounds]
+        words = np.flatnonzero(kind != SPACE)
+        starts, ends = bounds[words], bounds[words + 1]  # white space ends the data
+        return starts, ends, (kind[words] == OTHER) | (ends - starts > KEY_BYTES)
+
+    def _look_up(
+        self, data: bytes, starts: np.ndarray, ends: np.ndarray, odd: np.ndarray
+    ) -> np.ndarray:
+        """(W,) numbers of the words; new words get one."""
+        lowered = data.lower() if self.lowercase else data
+        low, high = _keys(lowered, starts, ends - starts)
+        words = _find_slots(self.slots, low, high)  # (W,), -1 where there is none
+        unknown = np.flatnonzero((words < 0) & ~odd)
+        new: dict[tuple[int, int], int] = {}
+        for i, key in zip(
+            unknown.tolist(), zip(low[unknown].tolist(), high[unknown].tolist(), strict=True),
+            strict=True,
+        ):  # fmt: skip
+            new.setdefault(key, i)
+        places = np.fromiter(new.values(), dtype=np.int64, count=len(new))
+        odd_places = np.flatnonzero(odd).tolist()
+        spelled = [data[starts[i] : ends[i]] for i in odd_places]
+        new_odd = [word for word in dict.fromkeys(spelled) if word not in self.odd]
+        if new or new_odd:
+            known = len(self.first) - 1
+            self._tokenize([data[starts[i] : ends[i]] for i in places] + new_odd)
+            self._insert(low[places], high[places], np.arange(known, known + len(new)))
+            known += len(new)
+            self.odd.update(zip(new_odd, range(known, known + len(new_odd)), strict=True))
+            words[unknown] = _find_slots(self.slots, low[unknown], high[unknown])
+        words[odd_places] = [self.odd[word] for word in spelled]
+        return words
+
+    def _tokenize(self, words: list[bytes]) -> None:
+        """Ask the tokenizer for the ids of new words."""
+        encoded = self.tokenizer.encode_batch_fast(
+            [word.decode() for word in words], add_special_tokens=False
+        )
+        ids = [encoding.ids for encoding in encoded]
+        counts = np.array([len(word) for word in ids], dtype=np.int64)
+        self.first = np.concatenate([self.first, self.first[-1] + counts.cumsum()])
+        flat = np.array([i for word in ids for i in word], dtype=np.int32)
+        self.pieces = np.concatenate([self.pieces, flat])
+
+    def _insert(self, low: np.ndarray, high: np.ndarray, words: np.ndarray) -> None:
+        """Add keys that are not in the table."""
+        while 2 * len(self.first) > len(self.slots):
+            old = self.slots[self.slots[:, 2] >= 0]
+            self.slots = _empty(2 * len(self.slots))
+            _fill(self.slots, old[:, 0].view("<u8"), old[:, 1].view("<u8"), old[:, 2])
+        _fill(self.slots, low, high, words)
+
+
+def clean(text: str) -> str:
+    """Replace what no tokenizer accepts: lone surrogates become U+FFFD."""
+    return _SURROGATE.sub("\ufffd", text)
+
+
+def _is_lowercase(description: dict) -> bool:
+    return {"type": "Lowercase"} in description["normalizer"]["normalizers"]
+
+
+def _is_plain(token: dict) -> bool:
+    """Whether an added token is found wherever its letters are, and only between white space."""
+    content = token["content"]
+    whole = token["single_word"] or token["lstrip"] or token["rstrip"]
+    return not whole and content.isascii() and not re.search(r"\s", content)
+
+
+def _parts(text: str) -> list[bytes]:
+    """A text in UTF-8 without line breaks of HTML, cut at white space if it is long."""
+    if "<br" in text:
+        text = LINE_BREAK.sub(" ", text)
+    try:
+        data = text.encode()
+    except UnicodeEncodeError:
+        data = clean(text).encode()
+    if len(data) <= 2 * CHUNK_BYTES:
+        return [data]
+    parts, start = [], 0
+    while len(data) - start > CHUNK_BYTES:
+        space = _ASCII_SPACE.search(data, start + CHUNK_BYTES)
+        if space is None:
+            break
+        parts.append(data[start : space.start()])
+        start = space.start()
+    return [*parts, data[start:]]
+
+
+_ASCII_SPACE = re.compile(rb"[ \t\n\v\f\r]")
+
+
+def _find(token: bytes, data: bytes) -> list[re.Match[bytes]]:
+    return list(re.finditer(re.escape(token), data)) if token in data else []
+
+
+def _keys(data: bytes, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(W,) halves of the keys: up to fifteen bytes of the word, and its length."""
+    # Eight bytes from every place on, read where they lie.
+    eight = np.ndarray((len(data) - 7,), dtype="<u8", buffer=data, strides=(1,))
+    low = eight[starts] & _LOW_BYTES[np.minimum(lengths, 8)]
+    more = np.clip(lengths - 8, 0, 7)
+    high = eight[starts + 8] & _LOW_BYTES[more]
+    return low, high | (np.minimum(lengths, 255).astype("<u8") << np.uint64(56))
+
+
+def _empty(slots: int) -> np.ndarray:
+    table: np.ndarray = np.zeros((slots, 3), dtype=np.int64)
+    table[:, 2] = -1
+    return table
+
+
+def _hash(low: np.ndarray, high: np.ndarray, slots: int) -> np.ndarray:
+    mixed = (low * _MIX[0]) ^ (high * _MIX[1])
+    mixed ^= mixed >> np.uint64(29)
+    mixed *= _MIX[0]
+    return (mixed >> np.uint64(64 - (slots.bit_length() - 1))).astype(np.int64)
+
+
+def _find_slots(table: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """(W,) numbers of the words with these keys, -1 where there is none."""
+    slot = _hash(low, high, len(table))  # (W,)
+    low, high = low.view(np.int64), high.view(np.int64)
+    row = table[slot]  # (W, 3)
+    words = row[:, 2].copy()
+    other = np.flatnonzero((words >= 0) & ((row[:, 0] != low) | (row[:, 1] != high)))
+    while len(other):  # the slot holds another word: the next one
+        slot[other] = (slot[other] + 1) & (len(table) - 1)
+        row = table[slot[other]]
+        words[other] = row[:, 2]
+        differs = (row[:, 0] != low[other]) | (row[:, 1] != high[other])
+        other = other[(row[:, 2] >= 0) & differs]
+    return words
+
+
+def _fill(table: np.ndarray, low: np.ndarray, high: np.ndarray, words: np.ndarray) -> None:
+    """Put new keys into the first free slot from their own on."""
+    slots = _hash(low, high, len(table)).tolist()
+    low, high = low.view(np.int64), high.view(np.int64)
+    taken = table[:, 2]
+    for i, slot in enumerate(slots):
+        while taken[slot] >= 0:
+            slot = (slot + 1) & (len(table) - 1)
+        table[slot] = low[i], high[i], words[i]

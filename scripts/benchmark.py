@@ -1,0 +1,36 @@
+"""Measure how fast models answer, and how near that is to what the machine can do.
+
+Throughput end to end and by stage, latency, first answer of a process, memory, bytes, training; the
+machine's own peak, and fastText, TF-IDF + SVM and MiniLM-L6 beside it, in interleaved rounds; and
+how cost grows with length, number of texts, classes and vocabulary. Leaves benchmark.md and
+benchmark.json in the output folder.
+"""
+
+from typing import Any
+
+from nin_text import cli
+from nin_text.data import load_text_dataset
+from nin_text.options import BenchmarkOptions, check
+
+EXAMPLES = """\
+  python scripts/benchmark.py --quick              # about a minute on built-in reviews
+  python scripts/benchmark.py --dataset imdb
+  python scripts/benchmark.py --dataset my.csv --model runs/my-nin-text-base-seed0
+"""
+
+
+def main() -> None:
+    options = cli.parse(BenchmarkOptions, __doc__, EXAMPLES)
+
+    def work() -> dict[str, Any]:
+        check(options)
+        from nin_text.speed import benchmark, with_defaults
+
+        chosen = with_defaults(options)
+        return benchmark(chosen, load_text_dataset(chosen.dataset, **chosen.arguments()))
+
+    cli.run(work)
+
+
+if __name__ == "__main__":
+    main()

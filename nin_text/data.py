@@ -465,10 +465,17 @@ def _is_empty(value: Any) -> bool:
     return missing or (isinstance(value, str) and not value.strip())
 
 
+def _is_missing(label: Any) -> bool:
+    """Empty, or what programs write for a number that is missing or has overflowed."""
+    if isinstance(label, float):
+        return not math.isfinite(label)
+    return _is_empty(label) or (isinstance(label, str) and label.strip().lower() == "nan")
+
+
 def _label_key(value: Any) -> int | str:
     """A label as a number where it is one (1, 1.0, "1", True), else as text."""
-    if isinstance(value, (list, tuple, dict)):
-        raise UserError("labels must be single values, not lists")
+    if isinstance(value, (list, tuple, dict, bytes)):
+        raise UserError(f"labels must be single values, not {type(value).__name__} values")
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, (bool, int)):
@@ -494,7 +501,7 @@ def _label_names(
 
 def _check_present(columns: dict[str, tuple[list[str], list[Any] | None]]) -> None:
     for split, (_, labels) in columns.items():
-        bad = [i for i, label in enumerate(labels or []) if _is_empty(label)]
+        bad = [i for i, label in enumerate(labels or []) if _is_missing(label)]
         if bad:
             raise UserError(
                 f"{len(bad)} of {len(labels or [])} labels of the {split} split are missing or "
@@ -587,7 +594,7 @@ def _check_labels(splits: dict[str, Split], names: list[str], notes: list[str]) 
     counts = Counter(splits["train"].labels)
     if len(counts) < 2:
         raise UserError(
-            f"all training examples have the same label ({', '.join(names)}); "
+            f"all training examples have the same label ({names[next(iter(counts))]}); "
             f"a classifier needs at least two classes"
         )
     for split in ("validation", "test"):

@@ -67,8 +67,8 @@ TOKENIZER_OPTIONS = "tokenizer vocab_size lowercase".split()
 # Lowest and highest value that each option may have.
 RANGES: dict[str, tuple[float, float]] = {
     "limit": (1, math.inf),
-    "vocab_size": (100, math.inf),
-    "max_length": (0, math.inf),
+    "vocab_size": (100, 2**22),  # room for all of it is set aside at once
+    "max_length": (0, 2**31 - 1),
     "word_dropout": (0, 0.99),
     "dropout": (0, 0.99),
     "label_smoothing": (0, 0.99),

@@ -35,6 +35,12 @@ CONTINUATION = "##"
 # not spend the vocabulary on single letters.
 MAX_ALPHABET = 1000
 MAX_WORD_CHARACTERS = 100
+# A longer run of letters (a megabyte of base64) is left out of training, which takes a time that
+# grows with the square of a word's length.
+MAX_TRAINED_CHARACTERS = 1000
+_TOO_LONG = re.compile(
+    rf"\w{{{MAX_TRAINED_CHARACTERS + 1},}}|[^\w\s]{{{MAX_TRAINED_CHARACTERS + 1},}}"
+)
 UNLIMITED = int(1e30)  # what transformers itself writes for "no limit"
 CACHE_FORMAT = 1  # to be raised when equal texts no longer give an equal tokenizer
 CHUNK = 4096  # texts handed to the tokenizer at once
@@ -70,7 +76,7 @@ def train_tokenizer(
     """
     if kind not in KINDS:
         raise ValueError(f"unknown tokenizer kind {kind!r}; there are {', '.join(KINDS)}")
-    texts = [clean(text) for text in texts]
+    texts = [_without_endless_words(clean(text)) for text in texts]
     steps = [normalizers.Replace(Regex(r"<br\s*/?>"), " "), normalizers.NFKC()]
     normalizer = normalizers.Sequence(steps + [normalizers.Lowercase()] * lowercase)
     options: dict[str, Any] = {
@@ -111,6 +117,12 @@ def train_tokenizer(
         model_max_length=UNLIMITED,
         clean_up_tokenization_spaces=False,
     )
+
+
+def _without_endless_words(text: str) -> str:
+    if max(map(len, text.split()), default=0) <= MAX_TRAINED_CHARACTERS:  # the faster question
+        return text
+    return _TOO_LONG.sub(" ", text)
 
 
 def _alphabet(texts: Iterable[str], normalizer: normalizers.Normalizer) -> list[str]:

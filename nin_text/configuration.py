@@ -15,6 +15,11 @@ from transformers.models.auto.configuration_auto import AutoConfig
 # The problem type of models each of whose classes is an answer of its own.
 MULTI_LABEL: Final = "multi_label_classification"
 
+# Bounds that no trained model reaches. A configuration may come from a stranger.
+MAX_LAYERS = 1000  # convolutions, spatial and 1x1, of the whole network
+MAX_REACH = 2**14  # tokens to either side that a layer sees; texts are kept that far apart
+MAX_NGRAM = 32
+
 # What the presets of our own have in common. Stride 1, so that there is evidence for each token.
 _RESIDUAL: dict[str, Any] = {
     "residual": True,
@@ -136,8 +141,17 @@ class NiNTextConfig(PreTrainedConfig):
             raise ValueError(
                 "vocabulary, channels, kernel sizes, dilations and buckets must be positive"
             )
-        if self.ngram_size < 0:
-            raise ValueError(f"ngram_size must not be negative, as {self.ngram_size} is")
+        if not 0 <= self.ngram_size <= MAX_NGRAM:
+            raise ValueError(f"ngram_size must be from 0 to {MAX_NGRAM}, not {self.ngram_size}")
+        if sum(map(len, [*self.block_channels, *self.kernel_sizes])) > MAX_LAYERS:
+            raise ValueError(f"there are more than {MAX_LAYERS} layers")
+        reach = max(
+            dilation * max(widths)
+            for dilation, widths in zip(self.dilations, self.kernel_sizes, strict=True)
+        )
+        if reach * 2 ** sum(self.pool) > MAX_REACH:
+            raise ValueError(f"a layer reaches farther than {MAX_REACH} tokens")
+        _check_pad(self.pad_token_id, self.vocab_size)
         for name in ("word_dropout", "embedding_dropout", "hidden_dropout", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), not {getattr(self, name)}")
@@ -152,6 +166,11 @@ class NiNTextConfig(PreTrainedConfig):
         if name not in PRESETS:
             raise ValueError(f"no preset named {name!r}; there are {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name], **overrides})
+
+
+def _check_pad(pad_token_id: int | None, vocab_size: int) -> None:
+    if pad_token_id is not None and not 0 <= pad_token_id < vocab_size:
+        raise ValueError(f"pad_token_id is {pad_token_id}, of {vocab_size} tokens")
 
 
 # Networks that NiN is compared with (see `networks.py`).
@@ -228,6 +247,9 @@ class BaselineConfig(PreTrainedConfig):
             )
         if not self.kernel_sizes:
             raise ValueError("kernel_sizes is empty; there must be at least one")
+        _check_pad(self.pad_token_id, self.vocab_size)
+        if len(self.kernel_sizes) + self.num_layers > MAX_LAYERS:
+            raise ValueError(f"there are more than {MAX_LAYERS} layers")
         sizes = (self.vocab_size, self.embedding_size, self.hidden_size, *self.kernel_sizes)
         if min(*sizes, self.num_layers, self.num_heads, self.max_positions) < 1:
             raise ValueError("vocabulary, sizes, layers, heads and positions must be positive")

@@ -184,7 +184,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         UserError: if there is none, or it cannot be fetched.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        if not tokenizer.model_max_length >= 1:
+            raise ValueError(f"model_max_length is {tokenizer.model_max_length}")
     except Exception as error:
         raise UserError(
             f"no tokenizer could be loaded from {name!r} ({_first_line(error)}); give a folder "

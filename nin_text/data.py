@@ -480,7 +480,8 @@ def _label_key(value: Any) -> int | str:
         return int(value)
     if isinstance(value, (bool, int)):
         return int(value)
-    text = str(value).strip()
+    # Lone surrogates, which no file can hold, become question marks.
+    text = str(value).strip().encode("utf-8", "replace").decode()
     number = text.isdecimal() and text.isascii() and len(text) < 19 and str(int(text)) == text
     return int(text) if number else text
 

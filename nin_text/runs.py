@@ -103,7 +103,10 @@ def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dic
         # Of a resumed run, the seconds before count as well.
         before = max(0.0, sum(seconds.values()) - (time.perf_counter() - clock))
     except KeyboardInterrupt:
-        logger.error("stopped; the same command with --resume goes on from the last whole epoch")
+        logger.error(
+            "stopped; the same command with --resume goes on from the last whole epoch in %s",
+            folder,
+        )
         raise
     metrics = _metrics(options, dataset, record, trainer, seconds)
     answers = {}
@@ -345,7 +348,7 @@ def _leave(
     report.plot_confusion(matrix, metrics["label_names"], aside / "confusion.png")
     if mistakes is not None:
         report.write_text(aside / report.MISTAKES_FILE, mistakes)
-    (aside / "README.md").write_text(report.model_card(metrics), encoding="utf-8")
+    report.write_text(aside / "README.md", report.model_card(metrics))
     for name in (report.METRICS_FILE, report.MISTAKES_FILE):
         (folder / name).unlink(missing_ok=True)
     report.move_files(aside, folder)

@@ -166,13 +166,14 @@ def cached_tokenizer(texts: Sequence[str], **options: object) -> PreTrainedToken
         except Exception:  # a damaged cache entry is trained anew
             logger.warning("the cached tokenizer in %s cannot be read; training it again", folder)
     tokenizer = train_tokenizer(texts, **options)  # type: ignore[arg-type]
+    aside = folder.with_name(f"{folder.name}.{os.getpid()}")
     try:
-        aside = folder.with_name(f"{folder.name}.{os.getpid()}")
         tokenizer.save_pretrained(aside)
         if folder.exists():
             shutil.rmtree(folder)
         aside.rename(folder)
-    except OSError as error:
+    except Exception as error:  # of any type: a full disk is an Exception to the library
+        shutil.rmtree(aside, ignore_errors=True)
         logger.warning("the tokenizer could not be cached in %s: %s", folder, error)
     return tokenizer
 

@@ -222,11 +222,17 @@ class StopOnNaN(TrainerCallback):
     ) -> None:
         losses = [(logs or {}).get(name, 0.0) for name in ("loss", "train_loss", "eval_loss")]
         if not all(math.isfinite(loss) for loss in losses):
-            raise UserError(
-                f"the loss is no longer a number by step {state.global_step}; lower "
-                f"{self.option} (now {args.learning_rate:g}) or use --precision fp32. The last "
-                f"good checkpoint, if there is one, is in {args.output_dir}"
-            )
+            raise no_number(args, f"by step {state.global_step}", self.option)
+
+
+def no_number(args: TrainingArguments, where: str, option: str) -> UserError:
+    """What to say of a loss that is NaN or infinite: where, what to do, and what there is left."""
+    kept = last_checkpoint(Path(cast(str, args.output_dir)))
+    return UserError(
+        f"the loss is no longer a number {where}; lower {option} (now {args.learning_rate:g}) or "
+        f"use --precision fp32. "
+        + (f"The last good weights are in {kept}" if kept else "No pass was finished before")
+    )
 
 
 class TokenTrainer(Trainer):
@@ -256,6 +262,7 @@ class TokenTrainer(Trainer):
     ) -> None:
         self.batch_tokens = batch_tokens
         self.similar_lengths = similar_lengths
+        self.rate_option = rate_option
         self.seconds = self.seconds_before = 0.0
         super().__init__(data_collator=collate, **kwargs)
         self.remove_callback(PrinterCallback)
@@ -291,6 +298,25 @@ class TokenTrainer(Trainer):
             return super().train(*args, **kwargs)
         finally:
             self.seconds = self._elapsed()
+
+    def training_step(
+        self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """As of the Trainer; on a CPU, where it costs nothing, every loss is looked at.
+
+        Raises:
+            UserError: if it is no number; the weights have not been touched by this batch.
+        """
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if loss.device.type == "cpu" and not torch.isfinite(loss):
+            shape = tuple(next(iter(inputs.values())).shape)
+            raise no_number(
+                self.args,
+                f"in step {self.state.global_step + 1} of {self.state.max_steps}, with a batch of "
+                f"shape {shape}",
+                self.rate_option,
+            )
+        return loss
 
     def train_or_resume(self) -> None:
         """Train, from the last whole checkpoint in the output folder if there is one."""

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Script
 from safetensors.numpy import load_file, save_file
 
 from nin_text import NiNTextClassifier, models
@@ -279,12 +278,15 @@ def test_no_way_of_loading_obeys(folder: Path, way: str, kind: str) -> None:
     assert not planted(folder).exists()
 
 
-def test_a_hub_of_code_is_never_asked_for_on_a_terminal(script: Script, folder: Path) -> None:
-    """transformers would ask whether to run the code, and somebody might say yes."""
+def test_nobody_is_asked_whether_code_may_run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers asks on a terminal, and somebody might say yes."""
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda prompt="": asked.append(prompt) or "y")
     code(folder)
     tokenizer_config(auto_map={"AutoTokenizer": ["evil.T", "evil.T"]})(folder)
-    for name, extra in (("predict_text", ("--file", "-")), ("evaluate_text", ())):
-        run = script(name, "--model", folder, *extra, stdin="y\n" * 9)
-        assert "could be loaded" in run.complaint
-        assert "[y/N]" not in run.err + run.out
+    for way in WAYS.values():
+        message(lambda way=way: way(str(folder)))
+    assert not asked
     assert not planted(folder).exists()

@@ -12,6 +12,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -323,7 +324,9 @@ class TokenTrainer(Trainer):
         checkpoint = last_checkpoint(Path(cast(str, self.args.output_dir)))
         if checkpoint is not None:
             logger.info("resuming from %s", checkpoint)
-            record = json.loads((checkpoint / COMPLETE_FILE).read_text())
+            with _reading(checkpoint):
+                record = json.loads((checkpoint / COMPLETE_FILE).read_text())
+                json.loads((checkpoint / "trainer_state.json").read_text())
             if record["stopped"]:  # out of patience: nothing is left but to take the best pass
                 self.args.num_train_epochs = record["epoch"]
         self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -353,11 +356,23 @@ class TokenTrainer(Trainer):
             )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        record = json.loads((Path(resume_from_checkpoint) / COMPLETE_FILE).read_text())
-        self.seconds_before = record["seconds"]
-        if self.average is not None:
-            self.average.load(Path(resume_from_checkpoint) / AVERAGE_FILE)
+        with _reading(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            record = json.loads((Path(resume_from_checkpoint) / COMPLETE_FILE).read_text())
+            self.seconds_before = record["seconds"]
+            if self.average is not None:
+                self.average.load(Path(resume_from_checkpoint) / AVERAGE_FILE)
+
+    # The states of optimizer, schedule and random numbers are pickles; transformers opens them with
+    # `weights_only`, which runs none of what they say.
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _reading(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint = self._best_checkpoint()
@@ -372,6 +387,18 @@ class TokenTrainer(Trainer):
         return (
             None if best is None else str(Path(cast(str, self.args.output_dir)) / Path(best).name)
         )
+
+
+@contextmanager
+def _reading(checkpoint: str | Path | None) -> Iterator[None]:
+    """Turn whatever is wrong with the files of a checkpoint into one sentence."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:150] or type(error).__name__
+        raise UserError(
+            f"{checkpoint} is damaged ({reason}); start anew without --resume"
+        ) from error
 
 
 class TextTrainer(TokenTrainer):

@@ -495,7 +495,7 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
                 saved.get("max_length", models.trained_max_length(str(folder)) or 0)
             )
             estimator.n_iter_ = int(saved.get("n_iter", 0))
-        except (TypeError, ValueError, AttributeError) as error:
+        except (TypeError, ValueError, AttributeError, MemoryError, OverflowError) as error:
             raise UserError(f"{path} is damaged ({error}); save the classifier again") from error
         if len(estimator.classes_) != model.config.num_labels:
             raise UserError(f"{path} is of another model; save the classifier again")

@@ -28,7 +28,7 @@ from nin_text.configuration import (
 from nin_text.errors import UserError
 from nin_text.model_files import check_folder, check_weights
 from nin_text.networks import BaselineForSequenceClassification
-from nin_text.options import PACKAGED, TrainOptions, model_folder, saved_nin
+from nin_text.options import PACKAGED, RANGES, TrainOptions, model_folder, saved_nin
 from nin_text.report import METRICS_FILE
 from nin_text.text import NiNTextForSequenceClassification, NiNTextModel
 from nin_text.tokenization import KINDS, cached_tokenizer, load_tokenizer
@@ -281,6 +281,8 @@ def trained_max_length(folder: str) -> int | None:
         metrics = json.loads(
             (Path(model_folder(folder)) / METRICS_FILE).read_text(encoding="utf-8")
         )
-        return int(metrics["options"]["max_length"])
-    except (OSError, ValueError, KeyError, TypeError):
+        length = int(metrics["options"]["max_length"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
+    low, high = RANGES["max_length"]
+    return length if low <= length <= high else None

@@ -258,6 +258,13 @@ def test_what_looks_odd_and_does_no_harm_is_loaded_without_being_obeyed(folder: 
     assert not planted(folder).exists()
 
 
+@pytest.mark.parametrize("length", ["Infinity", "-5", "1e999", "[]", "9" * 100, "null"])
+def test_a_length_that_is_none_is_left_alone(folder: Path, length: str) -> None:
+    (folder / "metrics.json").write_text(f'{{"options": {{"max_length": {length}}}}}')
+    assert models.trained_max_length(str(folder)) is None
+    assert len(list(predict_text(PredictOptions(model=str(folder), texts=["a b c"])))) == 1
+
+
 # The ways into `models`, and those that load by themselves.
 WAYS: dict[str, Callable[[str], Any]] = {
     "load_classifier": models.load_classifier,

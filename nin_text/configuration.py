@@ -142,7 +142,9 @@ class NiNTextConfig(PreTrainedConfig):
                 "vocabulary, channels, kernel sizes, dilations and buckets must be positive"
             )
         if not 0 <= self.ngram_size <= MAX_NGRAM:
-            raise ValueError(f"ngram_size must be from 0 to {MAX_NGRAM}, not {self.ngram_size}")
+            raise ValueError(
+                f"ngram_size must not be negative, nor above {MAX_NGRAM}, as {self.ngram_size} is"
+            )
         if sum(map(len, [*self.block_channels, *self.kernel_sizes])) > MAX_LAYERS:
             raise ValueError(f"there are more than {MAX_LAYERS} layers")
         reach = max(

@@ -438,7 +438,7 @@ def saved_nin(folder: str) -> bool:
     try:
         text = (Path(model_folder(folder)) / "config.json").read_text(encoding="utf-8")
         return bool(json.loads(text)["model_type"] == "nin_text")
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 

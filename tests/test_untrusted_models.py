@@ -129,7 +129,7 @@ HOSTILE: dict[str, tuple[Edit, str]] = {
     ),
     "2 ** 70 channels": (config(block_channels=[[2**70, 8], [8, 8]]), "could be loaded"),
     "a billion buckets": (config(ngram_buckets=10**9), "describes a model of"),
-    "n-grams without end": (config(ngram_size=10**9), "ngram_size must be"),
+    "n-grams without end": (config(ngram_size=10**9), "nor above 32"),
     "a farther reach than any text": (config(dilations=[10**9, 1]), "reaches farther"),
     "wide kernel": (config(kernel_sizes=[[10**9 + 1], [3]]), "reaches farther"),
     "blocks without end": (config(block_channels=[[8]] * BLOCKS), "100,000 blocks"),

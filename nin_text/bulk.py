@@ -115,7 +115,9 @@ def _score(options: PredictOptions, files: list[Path], output: Path, scorer: Sco
             names.append(part.name)
             rows += part.rows
     except KeyboardInterrupt:
-        logger.error("stopped; the same command with --resume goes on from the last whole part")
+        logger.error(
+            "stopped; the same command with --resume goes on from the last whole part in %s", parts
+        )
         raise
     except UserError as error:
         if rows:

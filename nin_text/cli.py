@@ -7,9 +7,12 @@ import errno
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
 
 from nin_text.errors import UserError
@@ -20,6 +23,7 @@ Options = TypeVar("Options", bound=CommonOptions)
 # What the libraries that write weights say, in exceptions of every type, when the disk is full.
 DISK_FULL = (
     "No space left on device",
+    "File too large",  # a limit on the size of files, or of the file system
     "Disk quota exceeded",
     "PytorchStreamWriter failed",
     "inline_container.cc",
@@ -30,8 +34,13 @@ TOO_LITTLE_MEMORY = (
 )
 FILE_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR),
-    *(errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
+    *(errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOENT, errno.ENOTEMPTY),
+    *(errno.EBUSY, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.EFBIG),
 }
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: what stops cleanly at Ctrl-C does so at this, too."""
 
 
 def parse(cls: type[Options], description: str | None, examples: str) -> Options:
@@ -84,8 +93,31 @@ def run(work: Callable[[], dict[str, Any] | Iterator[dict[str, Any]]]) -> None:
 
     Only these lines go to standard output; whatever else is printed goes to standard error. Of
     several processes (torchrun), the first one prints. Exit status: 0; 2 for a user's mistake, a
-    full disk or too little memory (one sentence, no traceback); 130 after Ctrl-C.
+    full disk or too little memory (one sentence, no traceback); 130 after Ctrl-C and 143 after
+    SIGTERM.
     """
+    with _stopped_by_sigterm():
+        _run(work)
+
+
+@contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """Raise `Terminated` at SIGTERM, where signals can be handled at all."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _run(work: Callable[[], dict[str, Any] | Iterator[dict[str, Any]]]) -> None:
     stdout, sys.stdout = sys.stdout, sys.stderr
     try:
         results = work()
@@ -97,6 +129,8 @@ def run(work: Callable[[], dict[str, Any] | Iterator[dict[str, Any]]]) -> None:
             print(line.encode("utf-8", "replace").decode(), file=stdout, flush=True)
     except UserError as error:
         _fail(str(error))
+    except Terminated:
+        _fail("terminated", status=143)
     except KeyboardInterrupt:
         _fail("interrupted", status=130)
     except BrokenPipeError:

@@ -120,7 +120,10 @@ def _compare(
         if options.rounds:
             _time(folder, records, options, sample)
     except KeyboardInterrupt:
-        logger.error("stopped; the same command, without --overwrite, goes on with what is missing")
+        logger.error(
+            "stopped; the same command, without --overwrite, goes on with what is missing in %s",
+            folder,
+        )
         raise
     comparison = _assemble(folder, options, dataset, records, sample)
     report.write_json(folder / "comparison.json", comparison)

@@ -17,6 +17,11 @@ MULTI_LABEL: Final = "multi_label_classification"
 # Values of an image that can be whitened: the matrix then takes 600 MB.
 MAX_WHITENED: Final = 3 * 64**2
 
+# Bounds that no trained model reaches. A configuration may come from a stranger.
+MAX_LAYERS = 1000  # convolutions, spatial and 1x1, of the whole network
+MAX_REACH = 2**14  # tokens to either side that a layer sees; texts are kept that far apart
+MAX_NGRAM = 32
+
 # What the presets of our own have in common. Stride 1, so that there is evidence for each token.
 _RESIDUAL: dict[str, Any] = {
     "residual": True,
@@ -129,8 +134,19 @@ class NiNTextConfig(PreTrainedConfig):
             raise ValueError(
                 "vocabulary, channels, kernel sizes, dilations and buckets must be positive"
             )
-        if self.ngram_size < 0:
-            raise ValueError(f"ngram_size must not be negative, as {self.ngram_size} is")
+        if not 0 <= self.ngram_size <= MAX_NGRAM:
+            raise ValueError(
+                f"ngram_size must not be negative, nor above {MAX_NGRAM}, as {self.ngram_size} is"
+            )
+        if sum(map(len, [*self.block_channels, *self.kernel_sizes])) > MAX_LAYERS:
+            raise ValueError(f"there are more than {MAX_LAYERS} layers")
+        reach = max(
+            dilation * max(widths)
+            for dilation, widths in zip(self.dilations, self.kernel_sizes, strict=True)
+        )
+        if reach * 2 ** sum(self.pool) > MAX_REACH:
+            raise ValueError(f"a layer reaches farther than {MAX_REACH} tokens")
+        _check_pad(self.pad_token_id, self.vocab_size)
         for name in ("word_dropout", "embedding_dropout", "hidden_dropout", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), not {getattr(self, name)}")
@@ -350,6 +366,11 @@ def _check_blocks(config: Any, lists: tuple[str, ...]) -> None:
         raise ValueError("every block needs at least one channel count and kernel size")
 
 
+def _check_pad(pad_token_id: int | None, vocab_size: int) -> None:
+    if pad_token_id is not None and not 0 <= pad_token_id < vocab_size:
+        raise ValueError(f"pad_token_id is {pad_token_id}, of {vocab_size} tokens")
+
+
 # Networks that NiN is compared with (see `networks.py`).
 NETWORKS: dict[str, dict[str, Any]] = {
     "kim-cnn": {
@@ -444,6 +465,9 @@ class BaselineConfig(PreTrainedConfig):
             )
         if not self.kernel_sizes:
             raise ValueError("kernel_sizes is empty; there must be at least one")
+        _check_pad(self.pad_token_id, self.vocab_size)
+        if len(self.kernel_sizes) + self.num_layers > MAX_LAYERS:
+            raise ValueError(f"there are more than {MAX_LAYERS} layers")
         sizes = (self.vocab_size, self.embedding_size, self.hidden_size, *self.kernel_sizes)
         if min(*sizes, self.num_layers, self.num_heads, self.max_positions) < 1:
             raise ValueError("vocabulary, sizes, layers, heads and positions must be positive")

@@ -32,6 +32,7 @@ from transformers.utils.logging import (
 )
 
 from nin_text import models, ngrams, stages
+from nin_text.callbacks import Patience
 from nin_text.configuration import MULTI_LABEL
 from nin_text.device import pick_device
 from nin_text.errors import UserError
@@ -57,7 +58,6 @@ from nin_text.text import NiNTextForSequenceClassification
 from nin_text.tokenization import encode
 from nin_text.training import (
     EncodedTexts,
-    Patience,
     TokenBatchSampler,
     shared_arguments,
     text_trainer,
@@ -502,7 +502,7 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
                 saved.get("max_length", trained_max_length(str(folder)) or 0)
             )
             estimator.n_iter_ = int(saved.get("n_iter", 0))
-        except (TypeError, ValueError, AttributeError) as error:
+        except (TypeError, ValueError, AttributeError, MemoryError, OverflowError) as error:
             raise UserError(f"{path} is damaged ({error}); save the classifier again") from error
         if len(estimator.classes_) != model.config.num_labels:
             raise UserError(f"{path} is of another model; save the classifier again")

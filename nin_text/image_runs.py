@@ -78,7 +78,10 @@ def train_image(options: ImageTrainOptions, dataset: ImageDataset | None = None)
     try:
         trainer.train_or_resume()
     except KeyboardInterrupt:
-        logger.error("stopped; the same command with --resume goes on from the last whole epoch")
+        logger.error(
+            "stopped; the same command with --resume goes on from the last whole epoch in %s",
+            folder,
+        )
         raise
     metrics = run_folder.facts(options, dataset, record, trainer, trainer.seconds)
     answers = {}

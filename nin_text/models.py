@@ -26,6 +26,7 @@ from nin_text.configuration import (
     with_pointwise_layers,
 )
 from nin_text.errors import UserError
+from nin_text.model_files import check_folder, check_weights
 from nin_text.networks import BaselineForSequenceClassification
 from nin_text.options import PACKAGED, TrainOptions, model_folder, saved_nin
 from nin_text.text import NiNTextForSequenceClassification, NiNTextModel
@@ -99,8 +100,9 @@ def build(
 
 def _with_saved_encoder(folder: str, settings: dict[str, Any]) -> PreTrainedModel:
     """A classifier with the encoder of a saved NiN, and everything else new."""
+    folder = model_folder(folder)
     try:
-        folder = model_folder(folder)
+        check_folder(Path(folder))
         config = NiNTextConfig.from_pretrained(folder)
         config.update({"problem_type": None, **settings})
         encoder = NiNTextModel.from_pretrained(folder, config=config, use_safetensors=True)
@@ -152,8 +154,10 @@ def _from_outside(
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise UserError(f"{name} is no model folder: it holds no config.json")
     try:
+        if Path(name).is_dir():
+            check_folder(Path(name))
         config = AutoConfig.from_pretrained(
-            name, problem_type="single_label_classification", **names
+            name, trust_remote_code=False, problem_type="single_label_classification", **names
         )
         if isinstance(config, NiNTextConfig):
             raise UserError(
@@ -164,12 +168,17 @@ def _from_outside(
             if hasattr(config, option):
                 setattr(config, option, 0.0)
         model = AutoModelForSequenceClassification.from_pretrained(
-            name, config=config, ignore_mismatched_sizes=True, use_safetensors=True
+            name,
+            config=config,
+            ignore_mismatched_sizes=True,
+            use_safetensors=True,
+            trust_remote_code=False,
         )
     except UserError:
         raise
     except Exception as error:
         raise UserError(cannot_load(name, error)) from error
+    check_weights(model, name)
     tokenizer = load_tokenizer(name)
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None:
@@ -210,7 +219,14 @@ def load(
         UserError: if it is no model, damaged, or without the layer that tells classes.
     """
     model = load_classifier(folder, multi_label=multi_label)
-    return model, load_tokenizer(model_folder(folder))
+    tokenizer = load_tokenizer(model_folder(folder))
+    known, highest = model.get_input_embeddings(), max(tokenizer.get_vocab().values(), default=0)
+    if isinstance(known, torch.nn.Embedding) and highest >= known.num_embeddings:
+        raise UserError(
+            f"the tokenizer of {folder} has a token {highest} and the model knows "
+            f"{known.num_embeddings} of them; they do not belong together"
+        )
+    return model, tokenizer
 
 
 def load_classifier(folder: str, *, multi_label: bool = False) -> PreTrainedModel:
@@ -223,8 +239,10 @@ def load_classifier(folder: str, *, multi_label: bool = False) -> PreTrainedMode
             f"finished training run"
         )
     try:
+        if path.is_dir():
+            check_folder(path)
         loaded: Any = AutoModelForSequenceClassification.from_pretrained(
-            folder, use_safetensors=True, output_loading_info=True
+            folder, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
     except Exception as error:
         raise UserError(cannot_load(folder, error)) from error
@@ -234,9 +252,13 @@ def load_classifier(folder: str, *, multi_label: bool = False) -> PreTrainedMode
     accepted = [None, "single_label_classification"] + [MULTI_LABEL] * multi_label
     if model.config.problem_type not in accepted:
         raise UserError(
-            f"{folder} is a model for {model.config.problem_type.replace('_', ' ')}; these scripts "
-            f"answer with one class for each text"
+            f"{folder} is a model for {str(model.config.problem_type).replace('_', ' ')}; these "
+            f"scripts answer with one class for each text"
         )
+    check_weights(model, folder)
+    names = label_names(model)
+    if len(names) != model.config.num_labels or len(set(names)) < len(names):
+        raise UserError(f"the classes of {folder} do not have a name of their own each")
     return model.eval()
 
 

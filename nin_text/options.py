@@ -68,8 +68,8 @@ TOKENIZER_OPTIONS = "tokenizer vocab_size lowercase".split()
 # Lowest and highest value that each option may have.
 RANGES: dict[str, tuple[float, float]] = {
     "limit": (1, math.inf),
-    "vocab_size": (100, math.inf),
-    "max_length": (0, math.inf),
+    "vocab_size": (100, 2**22),  # room for all of it is set aside at once
+    "max_length": (0, 2**31 - 1),
     "word_dropout": (0, 0.99),
     "dropout": (0, 0.99),
     "label_smoothing": (0, 0.99),
@@ -470,9 +470,11 @@ def trained_max_length(folder: str) -> int | None:
         metrics = json.loads(
             (Path(model_folder(folder)) / METRICS_FILE).read_text(encoding="utf-8")
         )
-        return int(metrics["options"]["max_length"])
-    except (OSError, ValueError, KeyError, TypeError):
+        length = int(metrics["options"]["max_length"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
+    low, high = RANGES["max_length"]
+    return length if low <= length <= high else None
 
 
 def is_nin(model: str) -> bool:
@@ -485,7 +487,7 @@ def saved_nin(folder: str) -> bool:
     try:
         text = (Path(model_folder(folder)) / "config.json").read_text(encoding="utf-8")
         return bool(json.loads(text)["model_type"] == "nin_text")
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 

@@ -13,6 +13,7 @@ import io
 import itertools
 import json
 import lzma
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -25,11 +26,18 @@ Table = dict[str, list[Any]]
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 STREAMED = (*SUFFIXES, ".txt")
 JSON_SUFFIXES = (".jsonl", ".json")
-UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+# First bytes that tell an encoding; those of UTF-32 begin like one of UTF-16.
+MARKS = {
+    b"\xff\xfe\0\0": "utf-32",
+    b"\0\0\xfe\xff": "utf-32",
+    b"\xff\xfe": "utf-16",
+    b"\xfe\xff": "utf-16",
+}
 HEAD_BYTES = 65_536
 CHUNK_BYTES = 2**20
 SAMPLE = 1000  # JSON objects whose keys are the columns of a stream
-# A longer field is a quote that is never closed; it must not take the memory of a whole file.
+# A longer field is a quote that is never closed, a longer line no text; neither must take the
+# memory of a whole file, which may have been a thousand times smaller before it was unpacked.
 MAX_CHARACTERS = 2**26
 TEXT_COLUMNS = (
     "text sentence review content document question body comment message title headline".split()
@@ -125,6 +133,11 @@ def stream_texts(
         for share, (text, *others) in _stream(path, pick):
             empty = False
             missing = text is None or text != text  # NaN, which alone differs from itself
+            if isinstance(text, (list, dict, bytes)):
+                raise UserError(
+                    f"{path} holds {type(text).__name__} values where texts are expected; name "
+                    f"the text column with --text-column"
+                )
             yield share, "" if missing else str(text), others[0] if others else None
     if empty:
         raise UserError(f"{path} {'is empty' if lines_alone else 'holds no rows'}")
@@ -220,27 +233,41 @@ def _stream_parquet(
 def _open_text(path: Path) -> Iterator[tuple[Iterable[str], Callable[[], float]]]:
     """The decoded lines of a file, and what tells the share of it that has been read.
 
-    UTF-8, or UTF-16 if it says so in its first bytes. Line ends stay as they are; those of JSON are
-    line feeds alone.
+    UTF-8, or UTF-16 or UTF-32 if it says so in its first bytes. Line ends stay as they are; those
+    of JSON are line feeds alone.
     """
     with path.open("rb") as file, _decompressed(file, path) as stream:
         counted: Any = _Counted(stream)
-        if b"\0" in counted.head and not counted.head.startswith(UTF16_MARKS):
+        marked = (name for mark, name in MARKS.items() if counted.head.startswith(mark))
+        encoding = next(marked, "utf-8-sig")
+        if b"\0" in counted.head and encoding == "utf-8-sig":
             raise UserError(
                 f"{path} is a binary file, not text; check that it is what its name says"
             )
-        encoding = "utf-16" if counted.head.startswith(UTF16_MARKS) else "utf-8-sig"
         newline = "\n" if suffix_of(path) in JSON_SUFFIXES else ""
         lines = io.TextIOWrapper(counted, encoding=encoding, newline=newline)
         size = path.stat().st_size
         try:
-            yield lines, lambda: min(file.tell() / size, 1.0)
+            yield _bounded(lines, path), lambda: min(file.tell() / size, 1.0)
         except UnicodeDecodeError as error:
             place = counted.given - len(error.object) + error.start
             raise UserError(
                 f"{path} is not {encoding.removesuffix('-sig').upper()} text (byte {place}); "
                 f"save it as UTF-8"
             ) from error
+
+
+def _bounded(lines: io.TextIOWrapper, path: Path) -> Iterator[str]:
+    """The lines, none longer than may be; a JSON array, which is read as a whole, may be one."""
+    while line := lines.readline(MAX_CHARACTERS):
+        if len(line) == MAX_CHARACTERS:
+            if not (suffix_of(path) in JSON_SUFFIXES and line.lstrip().startswith("[")):
+                raise UserError(
+                    f"{path} has a line of more than {MAX_CHARACTERS:,} characters; split it, or "
+                    f"check that the file is what its name says"
+                )
+            line += lines.readline()
+        yield line
 
 
 def _decompressed(file: BinaryIO, path: Path) -> Any:
@@ -307,9 +334,17 @@ def _delimited(lines: Iterable[str], path: Path) -> tuple[list[str], Iterator[li
     header = next(reader, None)
     if header is None:
         raise UserError(f"{path} holds no rows")
-    repeated = {name for name in header if header.count(name) > 1}
+    repeated = [name for name, count in Counter(header).items() if count > 1]
     if repeated:
-        raise UserError(f"{path} has several columns named {sorted(repeated)[0]!r}")
+        raise UserError(f"{path} has several columns named {repeated[0]!r}")
+    for mark in ";\t|,":  # one column whose name holds that of a usual one
+        if len(header) == 1 and {*TEXT_COLUMNS, *LABEL_COLUMNS} & {
+            *header[0].lower().split(mark)[1:]
+        }:
+            raise UserError(
+                f"the columns of {path} are separated by {mark!r}, not by {delimiter!r}; save it "
+                f"with commas, or with tabs as .tsv"
+            )
 
     def rows() -> Iterator[list[str]]:
         for row in reader:
@@ -371,7 +406,7 @@ def pick_column(table: Table, wanted: str | None, usual: list[str], option: str)
     Raises:
         UserError: if the table lacks it; the message names the columns that are there.
     """
-    columns = ", ".join(repr(name) for name in list(table)[:20])
+    columns = ", ".join(repr(name) for name in list(table)[:20]) or "none"
     if wanted is not None:
         if wanted not in table:
             raise UserError(f"there is no column {wanted!r}; the columns are {columns}")

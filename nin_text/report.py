@@ -29,8 +29,12 @@ CLASS_MAPS_FILE = "class_maps.html"  # of an image model
 def write_text(path: Path, text: str) -> None:
     """Write a text aside and rename it into place, so that no reader sees half of it."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text, encoding="utf-8", errors="replace")  # lone surrogates cannot be encoded
-    aside.replace(path)
+    try:
+        aside.write_text(text, encoding="utf-8", errors="replace")  # of lone surrogates
+        aside.replace(path)
+    except OSError:
+        aside.unlink(missing_ok=True)  # a full disk is not to stay full of halves
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -38,9 +42,16 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def move_files(source: Path, target: Path) -> None:
-    """Put the files of a folder into another one, over those of the same names."""
-    for path in source.iterdir():
+def move_files(source: Path, target: Path, last: str = "config.json") -> None:
+    """Put the files of a folder into another one, over those of the same names.
+
+    Args:
+        source, target: the folders.
+        last: the file without which nobody takes the target for a model. It is removed first and
+            moved last, so that half of one model and half of another are never loaded as one.
+    """
+    (target / last).unlink(missing_ok=True)
+    for path in sorted(source.iterdir(), key=lambda path: path.name == last):
         path.replace(target / path.name)
     source.rmdir()
 
@@ -169,12 +180,12 @@ def model_card(metrics: dict[str, Any]) -> str:
     """
     test, validation = metrics["test"], metrics["validation"]
     low, high = test["accuracy_interval_95"]
-    labels = ", ".join(f"`{name}`" for name in metrics["label_names"][:MAX_CLASSES_SHOWN])
+    labels = ", ".join(map(_code, metrics["label_names"][:MAX_CLASSES_SHOWN]))
     more = len(metrics["label_names"]) - MAX_CLASSES_SHOWN
     table = metrics.get("ngram_table_entries")
     kind = _kind(metrics)
     notes = "".join(f"- {note}\n" for note in metrics["notes"])
-    model, dataset = _without_folders(metrics["model"]), _without_folders(metrics["dataset"])
+    model, dataset = (_plain(_without_folders(metrics[key])) for key in ("model", "dataset"))
     ours = metrics["architecture"].startswith(("NiN", "Baseline"))
     mistakes = (
         f"The most confident mistakes on the validation split, with the evidence of every "
@@ -299,8 +310,21 @@ def _mistakes(matrix: Sequence[Sequence[int]], names: Sequence[str], kind: str) 
     i, j = max(wrong, key=lambda pair: wrong[pair])
     return (
         f"Of {n:,} test {kind}s {sum(wrong.values()):,} were classified wrongly; most often,\n"
-        f"`{names[i]}` was taken for `{names[j]}` ({wrong[i, j]:,} of {sum(matrix[i]):,})."
+        f"{_code(names[i])} was taken for {_code(names[j])} ({wrong[i, j]:,} of "
+        f"{sum(matrix[i]):,})."
     )
+
+
+def _plain(text: str) -> str:
+    """A text as Markdown that is no markup, on one line."""
+    return re.sub(r"([\\`*_\[\]<>|#&])", r"\\\1", " ".join(text.split()))
+
+
+def _code(text: str) -> str:
+    """A text between backticks, of which it may hold some itself, on one line."""
+    fence = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
+    space = " " if len(fence) > 1 else ""
+    return f"{fence}{space}{' '.join(text.split())}{space}{fence}"
 
 
 def _command_without_folders(command: str) -> str:

@@ -15,9 +15,10 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from nin_text import report
+from nin_text.callbacks import last_checkpoint
 from nin_text.errors import UserError
 from nin_text.evaluation import classification_metrics, softmax
-from nin_text.training import ClassifierTrainer, last_checkpoint
+from nin_text.training import ClassifierTrainer
 
 logger = logging.getLogger(__name__)
 

@@ -87,7 +87,10 @@ def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dic
         # Of a resumed run, the seconds before count as well.
         before = max(0.0, sum(seconds.values()) - (time.perf_counter() - clock))
     except KeyboardInterrupt:
-        logger.error("stopped; the same command with --resume goes on from the last whole epoch")
+        logger.error(
+            "stopped; the same command with --resume goes on from the last whole epoch in %s",
+            folder,
+        )
         raise
     table = getattr(trainer.model, "ngrams", None)
     metrics = {

@@ -125,7 +125,7 @@ def _check_labels(splits: Mapping[str, Examples], names: Sequence[str], notes: l
     counts = Counter(splits["train"].labels)
     if len(counts) < 2:
         raise UserError(
-            f"all training examples have the same label ({', '.join(names)}); "
+            f"all training examples have the same label ({names[next(iter(counts))]}); "
             f"a classifier needs at least two classes"
         )
     for split in ("validation", "test"):
@@ -149,15 +149,23 @@ def is_empty(value: Any) -> bool:
     return missing or (isinstance(value, str) and not value.strip())
 
 
+def _is_missing(label: Any) -> bool:
+    """Empty, or what programs write for a number that is missing or has overflowed."""
+    if isinstance(label, float):
+        return not math.isfinite(label)
+    return is_empty(label) or (isinstance(label, str) and label.strip().lower() == "nan")
+
+
 def label_key(value: Any) -> int | str:
     """A label as a number where it is one (1, 1.0, "1", True), else as text."""
-    if isinstance(value, (list, tuple, dict)):
-        raise UserError("labels must be single values, not lists")
+    if isinstance(value, (list, tuple, dict, bytes)):
+        raise UserError(f"labels must be single values, not {type(value).__name__} values")
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, (bool, int)):
         return int(value)
-    text = str(value).strip()
+    # Lone surrogates, which no file can hold, become question marks.
+    text = str(value).strip().encode("utf-8", "replace").decode()
     number = text.isdecimal() and text.isascii() and len(text) < 19 and str(int(text)) == text
     return int(text) if number else text
 
@@ -185,7 +193,7 @@ def label_names_of(given: list[str], labels: Mapping[str, Sequence[Any] | None])
 def check_present(by_split: Mapping[str, Sequence[Any] | None]) -> None:
     """Refuse labels that are missing."""
     for split, labels in by_split.items():
-        bad = [i for i, label in enumerate(labels or []) if is_empty(label)]
+        bad = [i for i, label in enumerate(labels or []) if _is_missing(label)]
         if bad:
             raise UserError(
                 f"{len(bad)} of {len(labels or [])} labels of the {split} split are missing or "

@@ -29,6 +29,7 @@ from nin_text.data import TextDataset
 from nin_text.device import keep_freed_memory, pick_device, use_bf16
 from nin_text.errors import UserError
 from nin_text.evaluation import pad, predict_logits, softmax
+from nin_text.model_files import check_folder
 from nin_text.options import (
     ARCHITECTURES,
     FASTTEXT,
@@ -337,7 +338,11 @@ class FrozenEncoder(_Network):
     def _load_encoder(self) -> None:
         self.folder = models.packaged(self.name)
         try:
-            model = AutoModel.from_pretrained(self.folder, use_safetensors=True)
+            if Path(self.folder).is_dir():
+                check_folder(Path(self.folder))
+            model = AutoModel.from_pretrained(
+                self.folder, use_safetensors=True, trust_remote_code=False
+            )
         except Exception as error:
             raise UserError(models.cannot_load(self.name, error)) from error
         self.max_length = min(512, getattr(model.config, "max_position_embeddings", 512))

@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -35,6 +36,12 @@ CONTINUATION = "##"
 # not spend the vocabulary on single letters.
 MAX_ALPHABET = 1000
 MAX_WORD_CHARACTERS = 100
+# A longer run of letters (a megabyte of base64) is left out of training, which takes a time that
+# grows with the square of a word's length.
+MAX_TRAINED_CHARACTERS = 1000
+_TOO_LONG = re.compile(
+    rf"\w{{{MAX_TRAINED_CHARACTERS + 1},}}|[^\w\s]{{{MAX_TRAINED_CHARACTERS + 1},}}"
+)
 UNLIMITED = int(1e30)  # what transformers itself writes for "no limit"
 CACHE_FORMAT = 1  # to be raised when equal texts no longer give an equal tokenizer
 CHUNK = 4096  # texts handed to the tokenizer at once
@@ -70,7 +77,7 @@ def train_tokenizer(
     """
     if kind not in KINDS:
         raise ValueError(f"unknown tokenizer kind {kind!r}; there are {', '.join(KINDS)}")
-    texts = [clean(text) for text in texts]
+    texts = [_without_endless_words(clean(text)) for text in texts]
     steps = [normalizers.Replace(Regex(r"<br\s*/?>"), " "), normalizers.NFKC()]
     normalizer = normalizers.Sequence(steps + [normalizers.Lowercase()] * lowercase)
     options: dict[str, Any] = {
@@ -111,6 +118,12 @@ def train_tokenizer(
         model_max_length=UNLIMITED,
         clean_up_tokenization_spaces=False,
     )
+
+
+def _without_endless_words(text: str) -> str:
+    if max(map(len, text.split()), default=0) <= MAX_TRAINED_CHARACTERS:  # the faster question
+        return text
+    return _TOO_LONG.sub(" ", text)
 
 
 def _alphabet(texts: Iterable[str], normalizer: normalizers.Normalizer) -> list[str]:
@@ -154,13 +167,14 @@ def cached_tokenizer(texts: Sequence[str], **options: object) -> PreTrainedToken
         except Exception:  # a damaged cache entry is trained anew
             logger.warning("the cached tokenizer in %s cannot be read; training it again", folder)
     tokenizer = train_tokenizer(texts, **options)  # type: ignore[arg-type]
+    aside = folder.with_name(f"{folder.name}.{os.getpid()}")
     try:
-        aside = folder.with_name(f"{folder.name}.{os.getpid()}")
         tokenizer.save_pretrained(aside)
         if folder.exists():
             shutil.rmtree(folder)
         aside.rename(folder)
-    except OSError as error:
+    except Exception as error:  # of any type: a full disk is an Exception to the library
+        shutil.rmtree(aside, ignore_errors=True)
         logger.warning("the tokenizer could not be cached in %s: %s", folder, error)
     return tokenizer
 
@@ -172,7 +186,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         UserError: if there is none, or it cannot be fetched.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        if not tokenizer.model_max_length >= 1:
+            raise ValueError(f"model_max_length is {tokenizer.model_max_length}")
     except Exception as error:
         raise UserError(
             f"no tokenizer could be loaded from {name!r} ({_first_line(error)}); give a folder "

@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,25 +17,28 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset, Sampler
-from tqdm import tqdm
 from transformers import (
-    EarlyStoppingCallback,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
-    TrainerCallback,
-    TrainerControl,
     TrainerState,
     TrainingArguments,
 )
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
+from nin_text.callbacks import (
+    COMPLETE_FILE,
+    Patience,
+    ProgressBar,
+    StopOnNaN,
+    WeightAverage,
+    last_checkpoint,
+    no_number,
+)
 from nin_text.device import use_bf16
 from nin_text.errors import UserError
 from nin_text.evaluation import pad, predict_logits, softmax
@@ -47,7 +48,6 @@ from nin_text.report import write_json
 logger = logging.getLogger(__name__)
 
 AVERAGE_FILE = "averaged.safetensors"
-COMPLETE_FILE = "complete.json"  # written last: a checkpoint without it was cut short
 
 
 class EncodedTexts(Dataset):
@@ -137,106 +137,6 @@ class TokenBatchSampler(Sampler[list[int]]):
         return np.split(texts, cuts)
 
 
-class WeightAverage(TrainerCallback):
-    """Exponential moving average of the weights, updated after every optimizer step.
-
-    The decay grows with the number n of updates, min(decay, (1 + n) / (10 + n)), as in TensorFlow's
-    ExponentialMovingAverage: the average of a short run does not hang on to its first weights.
-    """
-
-    def __init__(self, model: torch.nn.Module, decay: float) -> None:
-        def average(averaged: Any, current: Any, n: Tensor | int) -> None:
-            weight = 1 - min(decay, (1 + int(n)) / (10 + int(n)))
-            torch._foreach_lerp_(averaged, current, weight)
-
-        self.averaged = AveragedModel(model, multi_avg_fn=torch.no_grad()(average))
-        self.averaged.module.eval()
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):  # type: ignore[no-untyped-def]
-        self.averaged.update_parameters(model)
-
-    def save(self, path: Path) -> None:
-        save_file({k: v.contiguous() for k, v in self.averaged.state_dict().items()}, path)
-
-    def load(self, path: Path) -> None:
-        self.averaged.load_state_dict(load_file(path))
-
-
-class ProgressBar(TrainerCallback):
-    """One bar for the whole training, and a line for each epoch."""
-
-    def __init__(self, title: str) -> None:
-        self.title = title
-
-    def on_train_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
-        self.bar: tqdm[None] = tqdm(
-            desc=self.title,
-            total=state.max_steps,
-            initial=state.global_step,
-            unit="step",
-            file=sys.stderr,
-            dynamic_ncols=True,
-            # Where nobody watches (a log file), a bar would fill the file.
-            mininterval=0.5 if sys.stderr.isatty() else 30,
-            disable=not logger.isEnabledFor(logging.INFO),
-        )
-
-    def on_step_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
-        self.bar.update(state.global_step - self.bar.n)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):  # type: ignore[no-untyped-def]
-        if "loss" in (logs or {}):
-            self.bar.set_postfix({"loss": f"{logs['loss']:.3f}"}, refresh=False)
-
-    def on_evaluate(self, args, state, control, metrics=None, **kwargs):  # type: ignore[no-untyped-def]
-        line = (
-            f"epoch {round(state.epoch)}/{args.num_train_epochs:.0f}: "
-            f"validation accuracy {metrics['eval_accuracy']:.4f}, "
-            f"log loss {metrics['eval_loss']:.3f}"
-        )
-        with tqdm.external_write_mode(sys.stderr):
-            logger.info(line)
-
-    def on_train_end(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
-        self.bar.close()
-
-
-class Patience(EarlyStoppingCallback):
-    """Early stopping that, when a run is resumed, remembers how long nothing has improved."""
-
-    def on_train_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
-        super().on_train_begin(args, state, control, **kwargs)
-        seen = [e["eval_accuracy"] for e in state.log_history if "eval_accuracy" in e]
-        self.early_stopping_patience_counter = len(seen) - 1 - seen.index(max(seen)) if seen else 0
-
-
-class StopOnNaN(TrainerCallback):
-    """A loss that is not a number never recovers; stop while the last good checkpoint is there.
-
-    Args:
-        option: that sets the learning rate.
-    """
-
-    def __init__(self, option: str = "--learning-rate") -> None:
-        self.option = option
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        losses = [(logs or {}).get(name, 0.0) for name in ("loss", "train_loss", "eval_loss")]
-        if not all(math.isfinite(loss) for loss in losses):
-            raise UserError(
-                f"the loss is no longer a number by step {state.global_step}; lower "
-                f"{self.option} (now {args.learning_rate:g}) or use --precision fp32. The last "
-                f"good checkpoint, if there is one, is in {args.output_dir}"
-            )
-
-
 class RunTrainer(Trainer):
     """Trainer with token-bounded batches, averaged weights and checkpoints that are whole.
 
@@ -266,6 +166,7 @@ class RunTrainer(Trainer):
     ) -> None:
         self.batch_tokens = batch_tokens
         self.similar_lengths = similar_lengths
+        self.rate_option = rate_option
         self.seconds = self.seconds_before = 0.0
         super().__init__(data_collator=collate, **kwargs)
         self.remove_callback(PrinterCallback)
@@ -302,6 +203,25 @@ class RunTrainer(Trainer):
             return super().train(*args, **kwargs)
         finally:
             self.seconds = self._elapsed()
+
+    def training_step(
+        self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """As of the Trainer; on a CPU, where it costs nothing, every loss is looked at.
+
+        Raises:
+            UserError: if it is no number; the weights have not been touched by this batch.
+        """
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if loss.device.type == "cpu" and not torch.isfinite(loss):
+            shape = tuple(next(iter(inputs.values())).shape)
+            raise no_number(
+                self.args,
+                f"in step {self.state.global_step + 1} of {self.state.max_steps}, with a batch of "
+                f"shape {shape}",
+                self.rate_option,
+            )
+        return loss
 
     def train_or_resume(self) -> None:
         """Train, from the last whole checkpoint in the output folder if there is one."""
@@ -346,6 +266,9 @@ class RunTrainer(Trainer):
             self.seconds_before = record["seconds"]
             if self.average is not None:
                 self.average.load(Path(resume_from_checkpoint) / AVERAGE_FILE)
+
+    # The states of optimizer, schedule and random numbers are pickles; transformers opens them with
+    # `weights_only`, which runs none of what they say.
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with _whole(checkpoint):
@@ -523,17 +446,6 @@ def text_trainer(
         patience=options.patience,
         title=folder.name.replace("-", " "),
     )
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint in a folder; those that were cut short are removed."""
-    whole: list[tuple[int, Path]] = []
-    for path in folder.glob("checkpoint-*"):
-        if (path / COMPLETE_FILE).is_file():
-            whole.append((int(path.name.rpartition("-")[2]), path))
-        else:
-            shutil.rmtree(path, ignore_errors=True)
-    return max(whole)[1] if whole else None
 
 
 def training_arguments(

@@ -14,15 +14,12 @@ from hypothesis import strategies as st
 from transformers import TrainerCallback, TrainingArguments
 
 from nin_text import NiNTextConfig, NiNTextForSequenceClassification
+from nin_text.callbacks import Patience, StopOnNaN, WeightAverage, last_checkpoint
 from nin_text.errors import UserError
 from nin_text.training import (
     EncodedTexts,
-    Patience,
-    StopOnNaN,
     TextTrainer,
     TokenBatchSampler,
-    WeightAverage,
-    last_checkpoint,
     training_arguments,
 )
 

@@ -104,7 +104,7 @@ def test_a_failure_in_training_leaves_the_finished_run_as_it_was(
     def fail(*arguments: object, **keywords: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("nin_text.training.save_file", fail)
+    monkeypatch.setattr("nin_text.callbacks.save_file", fail)
     with pytest.raises(OSError, match="No space"):
         train_text(TrainOptions(**options, seed=6))
     assert (weights(tmp_path / "run"), (tmp_path / "run" / "metrics.json").read_bytes()) == before

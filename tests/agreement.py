@@ -20,7 +20,7 @@ import torch
 from nin_text import export, models
 from nin_text.data import load_text_dataset
 from nin_text.evaluation import predict_logits, softmax
-from nin_text.options import model_folder
+from nin_text.options import model_folder, trained_max_length
 from nin_text.tokenization import encode
 
 DATA = {"imdb-sentiment": "imdb", "ag-news-topics": "ag_news"}
@@ -30,7 +30,7 @@ def compare(name: str, limit: int | None) -> dict[str, Any]:
     """One ready-made model on the test split of its data set."""
     model, tokenizer = models.load(name)
     part = load_text_dataset(DATA[name], limit=limit).splits["test"]
-    length = models.trained_max_length(name)
+    length = trained_max_length(name)
     rows, truth = encode(tokenizer, part.texts, length), np.array(part.labels)
     with tempfile.TemporaryDirectory() as folder:
         export.write_onnx(model, Path(folder) / "a.onnx")  # type: ignore[arg-type]

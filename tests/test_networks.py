@@ -132,7 +132,7 @@ def test_a_saved_model_is_the_same_under_another_seed(name: str, tmp_path: Path)
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"architecture": "rnn"}, "no architecture named 'rnn'; there are kim-cnn, dpcnn"),
+        ({"architecture": "rnn"}, "no architecture named 'rnn'; there are bilstm, conv-fc"),
         ({"kernel_sizes": []}, "at least one"),
         ({"hidden_size": 0}, "positive"),
         ({"architecture": "transformer", "num_heads": 7}, "7 heads cannot share"),

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from nin_text import NiNTextClassifier, models
 from nin_text.errors import UserError
 from nin_text.inference import evaluate_text, predict_text
-from nin_text.options import EvaluateOptions, PredictOptions, TrainOptions
+from nin_text.options import EvaluateOptions, PredictOptions, TrainOptions, trained_max_length
 from nin_text.report import peak_memory_mb
 
 SOURCE = Path(__file__).parent / "fixtures" / "v0.1.0"
@@ -261,7 +261,7 @@ def test_what_looks_odd_and_does_no_harm_is_loaded_without_being_obeyed(folder: 
 @pytest.mark.parametrize("length", ["Infinity", "-5", "1e999", "[]", "9" * 100, "null"])
 def test_a_length_that_is_none_is_left_alone(folder: Path, length: str) -> None:
     (folder / "metrics.json").write_text(f'{{"options": {{"max_length": {length}}}}}')
-    assert models.trained_max_length(str(folder)) is None
+    assert trained_max_length(str(folder)) is None
     assert len(list(predict_text(PredictOptions(model=str(folder), texts=["a b c"])))) == 1
 
 

@@ -181,6 +181,14 @@ class PackedClassifier:
         self.projections = torch.stack(projections)  # (1 or 2, C)
         self.slice_rows = SLICE_ROWS.get(self.device.type, SLICE_ROWS["cuda"])
 
+    @classmethod
+    def folded(
+        cls, config: dict[str, Any], weights: dict[str, Tensor], dtype: torch.dtype
+    ) -> PackedClassifier:
+        """One whose encoder is a `FoldedBlock`, of the weights of a whole model."""
+        nin = {name[4:]: value for name, value in weights.items() if name.startswith("nin.")}
+        return cls(FoldedBlock(config, nin, dtype), weights, config)
+
     def logits(self, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """(B, K) float32 logits of texts with token ids (M,) and these lengths (B,), none 0."""
         encoder = self.encoder

@@ -1,10 +1,11 @@
 """Raw texts in, labels and probabilities out, as fast as this machine can.
 
-`Predictor` reads what a run leaves (config.json, model.safetensors, tokenizer.json) without
-transformers, whose import takes longer than everything else here. Texts are tokenized by looking up
-words (`word_table.py`) and go through the network without padding, its convolution folded into
-tables (`packed.py`). The answers are those of `NiNTextForSequenceClassification`: equal within
-rounding in float32, and in bfloat16 within what that type can tell.
+A ready-made model is read without transformers, whose import takes longer than everything else
+here; a model from anywhere else is loaded, and looked at, as everywhere (`models.load`). Texts are
+tokenized by looking up words (`word_table.py`) and go through the network without padding, its
+convolution folded into tables (`packed.py`). The answers are those of
+`NiNTextForSequenceClassification`: equal within rounding in float32, and in bfloat16 within what
+that type can tell.
 
 Letters in shapes: n texts, K classes.
 """
@@ -18,12 +19,13 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from threading import Barrier, Lock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from nin_text.device import pick_device, use_bf16
 from nin_text.errors import UserError
@@ -31,16 +33,15 @@ from nin_text.options import model_folder, trained_max_length
 from nin_text.packed import BlocksEncoder, FoldedBlock, PackedClassifier
 from nin_text.word_table import WordTable, clean
 
+if TYPE_CHECKING:
+    from nin_text.text import NiNTextForSequenceClassification
+
 # Characters of a job, which one thread works on. Smaller calls are cut into one for each thread,
 # but not below the least: the threads would wait for each other.
 LEAST_JOB, MOST_JOB = 2**14, 2**17
 UNLIMITED = 10**9  # tokens
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 MOST_TABLE_BYTES = 2**28  # of a folded convolution; a larger one is computed
-CONFIG_FIELDS = set(
-    "block_channels dilations hidden_act id2label kernel_sizes ngram_size norm pool residual "
-    "vocab_size".split()
-)
 
 
 class Predictor:
@@ -74,8 +75,13 @@ class Predictor:
         precision: str = "auto",
         max_length: int | None = None,
     ) -> None:
-        folder = _folder(str(model))
-        self.folder, config = folder, _config(folder)
+        self.folder = folder = _folder(str(model))
+        loaded = None
+        if model_folder(str(model)) != str(model):  # ready-made
+            config, weights = _read(folder)
+        else:
+            loaded = _load(folder)
+            config, weights = loaded.config.to_dict(), loaded.state_dict()
         names = {int(i): str(name) for i, name in config["id2label"].items()}
         self.label_names = [names[i] for i in sorted(names)]
         self.device = pick_device(device)
@@ -86,9 +92,8 @@ class Predictor:
         if max_length is None:
             max_length = trained_max_length(str(folder))
         self.tokenizer = PackedTokenizer(folder, max_length)
-        self.classifier = _classifier(
-            folder, config, torch.bfloat16 if bf16 else torch.float32, self.device
-        )
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        self.classifier = _pack(config, weights, dtype, self.device, loaded)
         self.threads = torch.get_num_threads() if self.device.type == "cpu" else 2
         self._pool: ThreadPoolExecutor | None = None
         self._lock = Lock()
@@ -225,63 +230,56 @@ def _folder(name: str) -> Path:
         raise UserError(f"no model could be loaded from {name!r} ({reason})") from error
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    """The configuration of a model, every field of it.
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Configuration and weights of a model that is part of this package, which needs no checks."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return config, load_file(folder / "model.safetensors")
+
+
+def _load(folder: Path) -> NiNTextForSequenceClassification:
+    """A model from anywhere else, with the checks that every such model goes through.
 
     Raises:
-        UserError: if it is none of a NiN that answers with one class for each text.
+        UserError: if it is no NiN that answers with one class for each text, or damaged.
     """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder} is no model folder: it has no readable config.json")
     try:
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        kind = config["model_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder} is no model folder: it has no readable config.json") from error
+        kind = str(json.loads(path.read_text(encoding="utf-8"))["model_type"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        kind = "nin_text"  # `models.load` says what is wrong
     if kind != "nin_text":
-        raise UserError(f"{folder} holds a model of type {kind}; only NiN models can be packed")
-    if config.get("problem_type") not in (None, "single_label_classification"):
         raise UserError(
-            f"{folder} is a model for {config['problem_type'].replace('_', ' ')}; a Predictor "
-            f"answers with one class for each text"
+            f"{folder} holds a model of type {kind[:50]}; only NiN models can be packed"
         )
-    if not config.keys() >= CONFIG_FIELDS:  # written by hand: the defaults are in the class
-        from nin_text.configuration import NiNTextConfig
+    from nin_text.models import load  # imports transformers, which takes seconds
 
-        config = NiNTextConfig.from_pretrained(str(folder)).to_dict()
-    return config
+    model: Any = load(str(folder))[0]
+    return model
 
 
-def _classifier(
-    folder: Path, config: dict[str, Any], dtype: torch.dtype, device: torch.device
+def _pack(
+    config: dict[str, Any],
+    weights: dict[str, Tensor],
+    dtype: torch.dtype,
+    device: torch.device,
+    model: NiNTextForSequenceClassification | None,
 ) -> PackedClassifier:
-    """The network of a saved model; folded if it can be.
-
-    Raises:
-        UserError: if the file of the weights is missing, damaged or without a classifier.
-    """
+    """The network of a saved model; folded if it can be, else on the model's own blocks."""
+    weights = {
+        name: (value.float() if value.is_floating_point() else value).to(device)
+        for name, value in weights.items()
+    }
     table_bytes = (
         sum(config["kernel_sizes"][0])
         * config["vocab_size"]
         * config["block_channels"][0][0]
         * dtype.itemsize
     )
-    if not FoldedBlock.supports(config) or table_bytes > MOST_TABLE_BYTES:
-        from nin_text.models import load_classifier  # imports transformers
-
-        model = load_classifier(str(folder)).to(device)  # type: ignore[arg-type]
-        encoder = BlocksEncoder(model.nin, None if dtype == torch.float32 else dtype)
-        return PackedClassifier(encoder, model.state_dict(), config)
-    try:
-        saved = load_file(folder / "model.safetensors", device=str(device))
-        if "classifier.weight" not in saved:
-            raise UserError(f"{folder} holds no classifier; give the folder of a training run")
-        weights = {
-            name: value.float() if value.is_floating_point() else value
-            for name, value in saved.items()
-        }
-        nin = {name[4:]: value for name, value in weights.items() if name.startswith("nin.")}
-        return PackedClassifier(FoldedBlock(config, nin, dtype), weights, config)
-    except UserError:
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"no model could be loaded from {str(folder)!r} ({reason})") from error
+    if FoldedBlock.supports(config) and table_bytes <= MOST_TABLE_BYTES:
+        return PackedClassifier.folded(config, weights, dtype)
+    assert model is not None  # those of this package can be folded
+    nin = model.nin.to(device)  # type: ignore[arg-type]
+    encoder = BlocksEncoder(nin, None if dtype == torch.float32 else dtype)
+    return PackedClassifier(encoder, weights, config)

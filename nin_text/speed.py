@@ -423,5 +423,4 @@ def random_classifier(predictor: Predictor, classes: int, vocab_size: int) -> Pa
     config, weights = random_weights("nin-text-small", classes, vocab_size)
     dtype = torch.bfloat16 if predictor.precision == "bf16" else torch.float32
     weights = {name: value.to(predictor.device) for name, value in weights.items()}
-    nin = {name[4:]: value for name, value in weights.items() if name.startswith("nin.")}
-    return PackedClassifier(FoldedBlock(config, nin, dtype), weights, config)
+    return PackedClassifier.folded(config, weights, dtype)

@@ -16,7 +16,13 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from nin_text import NiNTextClassifier, models
+from nin_text import (
+    NiNTextClassifier,
+    NiNTextConfig,
+    NiNTextForSequenceClassification,
+    Predictor,
+    models,
+)
 from nin_text.errors import UserError
 from nin_text.inference import evaluate_text, predict_text
 from nin_text.options import EvaluateOptions, PredictOptions, TrainOptions, trained_max_length
@@ -269,6 +275,7 @@ def test_a_length_that_is_none_is_left_alone(folder: Path, length: str) -> None:
 WAYS: dict[str, Callable[[str], Any]] = {
     "load_classifier": models.load_classifier,
     "predict": lambda name: list(predict_text(PredictOptions(model=name, texts=["a"]))),
+    "Predictor": Predictor,
     "evaluate": lambda name: evaluate_text(EvaluateOptions(model=name, dataset="demo_reviews")),
     "scikit-learn": NiNTextClassifier.load,
     "training on": lambda name: models.build(
@@ -282,6 +289,40 @@ WAYS: dict[str, Callable[[str], Any]] = {
 def test_no_way_of_loading_obeys(folder: Path, way: str, kind: str) -> None:
     HOSTILE[kind][0](folder)
     message(lambda: WAYS[way](str(folder)))
+    assert not planted(folder).exists()
+
+
+# Of one block: a network whose convolution the Predictor folds into tables.
+ONE_BLOCK: dict[str, tuple[Edit, str]] = {
+    "a farther reach than any text": (config(dilations=[10**9]), "reaches farther"),
+    "wide kernel": (config(kernel_sizes=[[10**9 + 1]]), "reaches farther"),
+    "other kernel": (config(kernel_sizes=[[5]]), "could be loaded"),
+    **{
+        kind: HOSTILE[kind]
+        for kind in (
+            *("n-grams without end", "a billion tokens", "a billion buckets", "other classes"),
+            *("a billion classes", "negative width", "no number", "null", "classes in a list"),
+            *("classes of one name", "a problem that is a number", "configuration too deep"),
+            *("kernels from a hub", "weights elsewhere", "pickle by another name"),
+            *("tensor missing", "tensor of no numbers", "tokenizer settings a list", "no length"),
+            *("more tokens", "length in words"),
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("kind", ONE_BLOCK)
+def test_a_predictor_refuses_what_is_refused_elsewhere(folder: Path, kind: str) -> None:
+    tokens = len(json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"])
+    sizes = {"vocab_size": tokens, "num_labels": 3, "ngram_size": 2, "ngram_buckets": 64}
+    blocks = {"embedding_size": 8, "block_channels": [[8, 8]], "kernel_sizes": [[3]]}
+    NiNTextForSequenceClassification(NiNTextConfig(**sizes, **blocks)).save_pretrained(folder)
+    assert len(Predictor(folder).predict(["a"])) == 1
+    edit, expected = ONE_BLOCK[kind]
+    edit(folder)
+    before = peak_memory_mb()
+    assert expected in message(lambda: Predictor(folder))
+    assert peak_memory_mb() - before < 200
     assert not planted(folder).exists()
 
 

@@ -152,7 +152,7 @@ class ImageTrainer(ClassifierTrainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         # Each process has seen other batches: of the statistics of batch normalization, which no
         # gradient keeps equal, all take the mean.
-        for model in {self.model, self.best_model}:
+        for model in dict.fromkeys((self.model, self.best_model)):  # in the same order everywhere
             for buffer in model.buffers():
                 if buffer.is_floating_point():
                     buffer.copy_(self.accelerator.reduce(buffer, "mean"))

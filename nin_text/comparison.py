@@ -14,8 +14,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -86,22 +85,8 @@ def compare_text(options: CompareOptions, dataset: TextDataset) -> dict[str, Any
     check(options)
     names = system_names(options.models)
     _check_options(options, names, dataset)
-    with environment_of_threads(options.threads or available_cores()):
+    with processes.environment_of_threads(options.threads or processes.available_cores()):
         return _compare(options, names, dataset)
-
-
-@contextmanager
-def environment_of_threads(threads: int) -> Iterator[None]:
-    """What the processes started in between read when they start: how many threads to use."""
-    names = ("OMP_NUM_THREADS", "RAYON_NUM_THREADS")
-    before = {name: os.environ[name] for name in names if name in os.environ}
-    os.environ.update(dict.fromkeys(names, str(threads)))
-    try:
-        yield
-    finally:
-        for name in names:
-            os.environ.pop(name, None)
-        os.environ.update(before)
 
 
 def _compare(
@@ -139,13 +124,6 @@ def _compare(
             f"command, without --overwrite, tries what failed again"
         )
     return _summary(comparison, folder)
-
-
-def available_cores() -> int:
-    """Processors that this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # not on macOS
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 # ---- names and folders -------------------------------------------------------------------------

@@ -158,9 +158,7 @@ class NiNTextConfig(PreTrainedConfig):
         Raises:
             ValueError: if there is no preset of that name.
         """
-        if name not in PRESETS:
-            raise ValueError(f"no preset named {name!r}; there are {', '.join(PRESETS)}")
-        return cls(**{**PRESETS[name], **overrides})
+        return cls(**{**_preset(name, PRESETS), **overrides})
 
 
 # The author's networks (see `NiNImageConfig` for what the fields mean): ReLU after every layer, the
@@ -331,9 +329,7 @@ class NiNImageConfig(PreTrainedConfig):
         Raises:
             ValueError: if there is no preset of that name.
         """
-        if name not in IMAGE_PRESETS:
-            raise ValueError(f"no preset named {name!r}; there are {', '.join(IMAGE_PRESETS)}")
-        return cls(**{**IMAGE_PRESETS[name], **overrides})
+        return cls(**{**_preset(name, IMAGE_PRESETS), **overrides})
 
 
 def with_pointwise_layers(blocks: list[list[int]], layers: int) -> list[list[int]]:
@@ -351,6 +347,12 @@ def with_pointwise_layers(blocks: list[list[int]], layers: int) -> list[list[int
         first, middle, last = channels[0], channels[min(1, len(channels) - 1)], channels[-1]
         changed.append([first, *[middle] * (layers - 1), last] if layers else [first])
     return changed
+
+
+def _preset(name: str, presets: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    if name not in presets:
+        raise ValueError(f"no preset named {name!r}; there are {', '.join(presets)}")
+    return presets[name]
 
 
 def _check_blocks(config: Any, lists: tuple[str, ...]) -> None:

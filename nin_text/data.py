@@ -281,10 +281,15 @@ def _find(name: str, data_dir: Path | None) -> _Raw:
     return _from_hub(name, [])
 
 
+def places_of(name: str, data_dir: Path | None) -> list[Path]:
+    """Where a known data set is looked for, in this order, before the hub."""
+    folders = [data_dir, os.environ.get("NIN_TEXT_DATA"), "data"]
+    return [Path(folder) / name for folder in folders if folder]
+
+
 def _find_known(name: str, data_dir: Path | None) -> _Raw:
     known = KNOWN[name]
-    folders = [data_dir, os.environ.get("NIN_TEXT_DATA"), "data"]
-    places = [Path(folder) / name for folder in folders if folder]
+    places = places_of(name, data_dir)
     for place in places:
         if place.is_dir():
             raw = _read_folder(place)

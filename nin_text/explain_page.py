@@ -93,22 +93,8 @@ class Page:
         # ensure_ascii, which is the default, also writes line separators and surrogates as escapes.
         data = json.dumps({"levels": LEVELS, "texts": self.data}, separators=(",", ":"))
         data = data.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-        policy = (
-            f"default-src 'none'; script-src {digest(script)}; style-src {digest(style)}; "
-            f"base-uri 'none'; form-action 'none'"
-        )
         title = escape(visible(self.title))
-        return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<header>
+        body = f"""<header>
 <h1>{title}</h1>
 <button id="theme" class="script-only" type="button">dark / light</button>
 {"".join(f'<p class="note">{escape(visible(note))}</p>' for note in notes)}
@@ -119,7 +105,34 @@ class Page:
 {"".join(self.sections)}
 </main>
 <script type="application/json" id="data">{data}</script>
-<script>{script}</script>
+<script>{script}</script>"""
+        return html_page(title, style, body, f"script-src {_digest(script)}")
+
+
+def html_page(title: str, style: str, body: str, sources: str) -> str:
+    """A page that loads nothing and runs nothing, but for what `sources` allows.
+
+    Args:
+        title: escaped.
+        style: CSS.
+        body: HTML.
+        sources: directives of its content security policy.
+    """
+    policy = (
+        f"default-src 'none'; {sources}; style-src {_digest(style)}; "
+        f"base-uri 'none'; form-action 'none'"
+    )
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+{body}
 </body>
 </html>
 """
@@ -221,7 +234,7 @@ def _cut(text: str, most: int = MAX_CHARACTERS) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def digest(source: str) -> str:
+def _digest(source: str) -> str:
     """The expression by which a content security policy allows an inline script or style."""
     digest = hashlib.sha256(source.encode()).digest()
     return f"'sha256-{base64.b64encode(digest).decode()}'"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from nin_text.data import load_from_disk, load_from_hub, local_path
+from nin_text.data import load_from_disk, load_from_hub, local_path, places_of
 from nin_text.errors import UserError
 from nin_text.image_files import Files, Found, Splits, files_of, read_known_format
 from nin_text.readers import SPLIT_NAMES
@@ -159,8 +158,7 @@ def _find(name: str, data_dir: Path | None, size: int | None) -> tuple[str, Foun
         return "scikit-learn", _read_digits()
     if name in KNOWN:
         known = KNOWN[name]
-        folders = [data_dir, os.environ.get("NIN_TEXT_DATA"), "data"]
-        places = [Path(folder) / name for folder in folders if folder]
+        places = places_of(name, data_dir)
         source = f"hub:{known.hub_id}"
         for place in places:
             if place.is_dir():

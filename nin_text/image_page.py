@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from nin_text.evaluation import softmax
-from nin_text.explain_page import digest, visible
+from nin_text.explain_page import html_page, visible
 from nin_text.image import NiNImageForImageClassification
 from nin_text.image_data import ImageSplit
 from nin_text.image_training import images_at_a_time, to_pixel_values
@@ -86,29 +86,13 @@ def class_maps_html(model: NiNImageForImageClassification, split: ImageSplit, ti
             sections.append(_section(shown.images[i], map_, probabilities[i], truth, names))
     else:
         notes = ["There is nothing to show."]
-    policy = (
-        f"default-src 'none'; img-src data:; style-src {digest(STYLE)}; base-uri 'none'; "
-        f"form-action 'none'"
-    )
     heading = escape(visible(title))
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{heading}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<h1>{heading}</h1>
+    body = f"""<h1>{heading}</h1>
 {"".join(f'<p class="note">{escape(note)}</p>' for note in notes)}
 <main>
 {"".join(sections)}
-</main>
-</body>
-</html>
-"""
+</main>"""
+    return html_page(heading, STYLE, body, "img-src data:")
 
 
 def _answers(

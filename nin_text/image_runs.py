@@ -48,7 +48,6 @@ def train_image(options: ImageTrainOptions, dataset: ImageDataset | None = None)
     folder = run_folder.folder_of(options)
     record = run_folder.essentials(options, dataset.fingerprint())
     if options.resume and (finished := run_folder.finished_run(folder, record)) is not None:
-        logger.info("%s is a finished run; nothing is left to do", folder)
         return finished
     keep_freed_memory()
     set_seed(options.seed)
@@ -75,14 +74,8 @@ def train_image(options: ImageTrainOptions, dataset: ImageDataset | None = None)
         bf16=use_bf16(options.precision, device),
         device=device,
     )
-    try:
+    with run_folder.saying_where(folder):
         trainer.train_or_resume()
-    except KeyboardInterrupt:
-        logger.error(
-            "stopped; the same command with --resume goes on from the last whole epoch in %s",
-            folder,
-        )
-        raise
     metrics = run_folder.facts(options, dataset, record, trainer, trainer.seconds)
     answers = {}
     for split in ("validation", "test"):

@@ -7,7 +7,8 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +89,26 @@ def finished_run(folder: Path, record: dict[str, Any]) -> dict[str, Any] | None:
     """The summary of a run of these options that came to its end, None otherwise."""
     try:
         metrics = json.loads((folder / report.METRICS_FILE).read_text(encoding="utf-8"))
-        return summary(metrics, folder) if metrics["options"] == record else None
+        if metrics["options"] != record:
+            return None
+        finished = summary(metrics, folder)
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    logger.info("%s is a finished run; nothing is left to do", folder)
+    return finished
+
+
+@contextmanager
+def saying_where(folder: Path) -> Iterator[None]:
+    """Tell whoever stops the training in between how to go on with it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        logger.error(
+            "stopped; the same command with --resume goes on from the last whole epoch in %s",
+            folder,
+        )
+        raise
 
 
 def discard(checkpoints: Path) -> None:

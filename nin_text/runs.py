@@ -53,7 +53,6 @@ def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dic
     folder = run_folder.folder_of(options)
     record = run_folder.essentials(options, dataset.fingerprint())
     if options.resume and (finished := run_folder.finished_run(folder, record)) is not None:
-        logger.info("%s is a finished run; nothing is left to do", folder)
         return finished
     # Of several processes (torchrun), one prepares what all use, while the others wait.
     processes = PartialState(cpu=device.type == "cpu")
@@ -81,17 +80,11 @@ def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dic
         f"{len(tokenizer):,}",
         device,
     )
-    try:
-        clock = time.perf_counter()
+    clock = time.perf_counter()
+    with run_folder.saying_where(folder):
         trainer, seconds, ngram_scale = _train(options, folder, device, model, tokenizer, encoded)
-        # Of a resumed run, the seconds before count as well.
-        before = max(0.0, sum(seconds.values()) - (time.perf_counter() - clock))
-    except KeyboardInterrupt:
-        logger.error(
-            "stopped; the same command with --resume goes on from the last whole epoch in %s",
-            folder,
-        )
-        raise
+    # Of a resumed run, the seconds before count as well.
+    before = max(0.0, sum(seconds.values()) - (time.perf_counter() - clock))
     table = getattr(trainer.model, "ngrams", None)
     metrics = {
         **run_folder.facts(options, dataset, record, trainer, sum(seconds.values())),

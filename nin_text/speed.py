@@ -31,11 +31,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nin_text import report
-from nin_text.comparison import available_cores, environment_of_threads
 from nin_text.data import TextDataset
 from nin_text.options import PRESET_NAMES, QUICK_LIMIT, QUICK_ROUNDS, BenchmarkOptions, check
 from nin_text.packed import FoldedBlock, PackedClassifier
 from nin_text.predictor import MODEL_FILES, Predictor
+from nin_text.processes import available_cores, environment_of_threads
 from nin_text.speed_report import FASTTEXT, INT8, MINILM, SVM, headline, to_markdown
 from nin_text.speed_systems import (
     Answer,

@@ -79,7 +79,10 @@ def _random(name: str, classes: int, vocab_size: int) -> NiNTextForSequenceClass
         vocab_size=vocab_size,
         num_labels=classes,
         ngram_size=RECIPES["default"]["ngrams"],
-        ngram_buckets=max(2**12, min(BUCKETS, 2**25 >> classes.bit_length())),
+        ngram_buckets=max(
+            models.MIN_BUCKETS,
+            min(BUCKETS, models.MAX_BUCKETS_TIMES_CLASSES >> classes.bit_length()),
+        ),
     )
     model = NiNTextForSequenceClassification(config).eval()
     assert model.ngrams is not None

@@ -51,7 +51,10 @@ def as_labels(y: Any) -> np.ndarray:
     labels = np.asarray(y)
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
-    kind = type_of_target(labels) if len(labels) else "binary"
+    try:
+        kind = type_of_target(labels) if len(labels) else "binary"
+    except TypeError as error:  # strings and numbers, which have no order
+        raise UserError(f"labels must be all of one type ({error})") from error
     if labels.ndim == 2 and kind != "multilabel-indicator":
         raise UserError("labels must be one for each text, or a matrix of zeros and ones")
     if kind not in ("binary", "multiclass", "multilabel-indicator"):

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import Script
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from nin_text import NiNTextClassifier, bulk, cli, models, readers
@@ -327,6 +327,7 @@ def test_any_json_becomes_splits_or_a_sentence(
     ),
     texts=st.lists(st.one_of(st.text(max_size=9), st.none(), st.integers()), max_size=6),
 )
+@example(labels=["", 0], texts=["a"])
 def test_any_labels_are_encoded_or_refused_by_the_classifier(labels: list, texts: list) -> None:
     """`fit` is stopped before it would train: what comes before is what reads labels and texts."""
 

@@ -12,15 +12,12 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import AutoConfig
 
+from nin_text.options import MAX_LAYERS, MAX_NGRAM, MAX_REACH
+
 # The problem type of models each of whose classes is an answer of its own.
 MULTI_LABEL: Final = "multi_label_classification"
 # Values of an image that can be whitened: the matrix then takes 600 MB.
 MAX_WHITENED: Final = 3 * 64**2
-
-# Bounds that no trained model reaches. A configuration may come from a stranger.
-MAX_LAYERS = 1000  # convolutions, spatial and 1x1, of the whole network
-MAX_REACH = 2**14  # tokens to either side that a layer sees; texts are kept that far apart
-MAX_NGRAM = 32
 
 # What the presets of our own have in common. Stride 1, so that there is evidence for each token.
 _RESIDUAL: dict[str, Any] = {

@@ -16,12 +16,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
-from nin_text.configuration import MAX_LAYERS
 from nin_text.errors import UserError
+from nin_text.options import CONFIG_FILE, MAX_JSON_BYTES, MAX_LAYERS, WEIGHTS_FILE
 
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-MAX_JSON_BYTES = 2**24
 MAX_CLASSES = 2**17
 # A model may have as many parameters again that its file lacks, such as a new classifier, and some.
 SPARE_FACTOR, SPARE_PARAMETERS = 2, 2**22

@@ -33,7 +33,7 @@ SCRAMBLE = 1_640_531_527  # spreads neighbouring values, whose order is that of 
 
 SMOOTHING = 1.0  # added to every count of naive Bayes
 INVERSE_REGULARIZATION = 1.0  # C of the logistic regression
-CHUNK_TOKENS = 1_000_000
+CHUNK_TOKENS = 2**18  # whose n-grams are sorted at once
 LEAST_SCALE = 0.01
 
 
@@ -74,6 +74,40 @@ def distinct_keys(found: Tensor, text: Tensor, buckets: int) -> Tensor:
         buckets: number of buckets.
     """
     return (text * buckets + found)[found >= 0].unique()
+
+
+def distinct_ngrams(ids: np.ndarray, lengths: np.ndarray, size: int, buckets: int) -> Tensor:
+    """What `distinct_keys` makes of `ngram_buckets`, in few passes over texts that lie end to end.
+
+    Args:
+        ids: (M,) token ids.
+        lengths: (B,) tokens of each text.
+        size: tokens of the longest n-gram.
+        buckets: number of buckets.
+
+    Returns:
+        (D,) int64 text * buckets + bucket, sorted, each once.
+    """
+    place = np.arange(len(ids)) - np.repeat(lengths.cumsum() - lengths, lengths)  # in its text
+    text = np.repeat(np.arange(len(lengths)) * buckets, lengths)
+    tokens = ids.astype(np.int64) + 1
+    parts = []
+    for start in range(0, len(ids), CHUNK_TOKENS):
+        # N-grams that end in this part may begin before it.
+        first, end = max(0, start - size + 1), start + CHUNK_TOKENS
+        values = part = tokens[first:end]
+        found = []
+        for n in range(size):
+            if n:
+                values = np.concatenate([part[:1], values[:-1] * MULTIPLIER + part[1:]])
+            values = values % PRIME
+            keys = values * SCRAMBLE % PRIME % buckets + text[first:end]
+            whole = place[first:end] >= n
+            whole[: start - first] = False
+            found.append(keys[whole])
+        ordered = torch.from_numpy(np.concatenate(found)).sort().values
+        parts.append(ordered.unique_consecutive())
+    return parts[0] if len(parts) == 1 else torch.cat(parts).unique()
 
 
 def sum_of_distinct(keys: Tensor, texts: int, weight: Tensor) -> Tensor:
@@ -158,8 +192,8 @@ def features(rows: Sequence[np.ndarray], size: int, buckets: int) -> sparse.csr_
 
     indices, counts = [], []
     for chunk in _chunks(rows):
-        found, text = buckets_of_texts(chunk, size, buckets)  # (size, N), (N,)
-        keys = np.unique((text * buckets + found)[found >= 0])
+        lengths = np.array([len(row) for row in chunk])
+        keys = distinct_ngrams(np.concatenate(chunk), lengths, size, buckets).numpy()
         indices.append((keys % buckets).astype(np.int32))
         counts.append(np.bincount(keys // buckets, minlength=len(chunk)))
     columns = np.concatenate(indices)
@@ -168,18 +202,16 @@ def features(rows: Sequence[np.ndarray], size: int, buckets: int) -> sparse.csr_
     return sparse.csr_matrix((ones, columns, starts), shape=(len(rows), buckets))
 
 
-def _chunks(rows: Sequence[np.ndarray]) -> Iterator[list[np.ndarray]]:
-    """Consecutive texts of about a million tokens together: what is computed at once."""
-    chunk: list[np.ndarray] = []
-    tokens = 0
-    for row in rows:
-        chunk.append(row)
+def _chunks(rows: Sequence[np.ndarray]) -> Iterator[Sequence[np.ndarray]]:
+    """Consecutive texts of about `CHUNK_TOKENS` tokens together: what is computed at once."""
+    start = tokens = 0
+    for i, row in enumerate(rows):
         tokens += len(row)
         if tokens >= CHUNK_TOKENS:
-            yield chunk
-            chunk, tokens = [], 0
-    if chunk:
-        yield chunk
+            yield rows[start : i + 1]
+            start, tokens = i + 1, 0
+    if start < len(rows):
+        yield rows[start:]
 
 
 def fit(

@@ -19,6 +19,14 @@ from typing import Any, ClassVar
 from nin_text.errors import UserError
 
 METRICS_FILE = "metrics.json"  # of a run folder
+# Of a model folder.
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+TOKENIZER_FILE, TOKENIZER_CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
+# Bounds that no trained model reaches. A model folder may come from a stranger.
+MAX_JSON_BYTES = 2**24
+MAX_LAYERS = 1000  # convolutions, spatial and 1x1, of the whole network
+MAX_REACH = 2**14  # tokens to either side that a layer sees; texts are kept that far apart
+MAX_NGRAM = 32
 PRESET_NAMES = ("nin-text-paper", "nin-text-small", "nin-text-base")
 NETWORK_NAMES = ("kim-cnn", "dpcnn", "bilstm", "transformer", "mlpconv-fc", "cnn-fc")
 LINEAR_NAMES = ("tfidf-svm", "nb-logreg")

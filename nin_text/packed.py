@@ -22,12 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nin_text.ngrams import distinct_keys, ngram_buckets, sum_of_distinct
+from nin_text.ngrams import distinct_ngrams, sum_of_distinct
 
 NORM_EPSILON = 1e-5  # of nn.LayerNorm
 # Rows of a slice. On a CPU those of a slice stay in the cache; a GPU wants large products.
 SLICE_ROWS = {"cpu": 4096, "cuda": 2**17}
-NGRAM_ROWS = 2**18  # whose n-grams are sorted at once
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -205,7 +204,7 @@ class PackedClassifier:
             pooled = self._pool(rows, packed)  # (B, C)
             logits = F.linear(pooled, *self.classifier)  # (B, K)
             if self.ngram_size:
-                logits += self._ngram_evidence(rows, packed) + self.ngrams[1]
+                logits += self._ngram_evidence(ids, lengths) + self.ngrams[1]
             return logits.float().cpu().numpy()
 
     def _pool(self, rows: Tensor, packed: Packed) -> Tensor:
@@ -277,24 +276,10 @@ class PackedClassifier:
             return pooled
         return (pooled - pooled.mean(dim=1, keepdim=True)) * self.norm_weight + self.norm_bias
 
-    def _ngram_evidence(self, rows: Tensor, packed: Packed) -> Tensor:
+    def _ngram_evidence(self, ids: np.ndarray, lengths: np.ndarray) -> Tensor:
         """(B, K) evidence of the distinct n-grams of each text, without the bias."""
-        halo, buckets = self.encoder.halo, len(self.ngrams[0])
-        ids = rows[halo : halo + packed.total]  # (N,)
-        starts = torch.from_numpy(packed.starts).to(self.device)
-        spans = starts.diff(append=starts.new_tensor([packed.total]))
-        text = torch.repeat_interleave(spans, output_size=packed.total)  # (N,)
-        keys = []
-        for start in range(0, packed.total, NGRAM_ROWS):
-            # N-grams that end in this part may begin before it.
-            before = max(0, start - self.ngram_size + 1)
-            part = ids[before : start + NGRAM_ROWS]
-            found = ngram_buckets(
-                part, part != self.encoder.no_token, self.ngram_size, buckets
-            )[:, start - before :]  # fmt: skip
-            keys.append(distinct_keys(found, text[start : start + NGRAM_ROWS], buckets))
-        distinct = keys[0] if len(keys) == 1 else torch.cat(keys).unique()
-        return sum_of_distinct(distinct, len(starts), self.ngrams[0])
+        keys = distinct_ngrams(ids, lengths, self.ngram_size, len(self.ngrams[0]))
+        return sum_of_distinct(keys.to(self.device), len(lengths), self.ngrams[0])
 
 
 class BlocksEncoder:

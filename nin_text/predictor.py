@@ -1,7 +1,7 @@
 """Raw texts in, labels and probabilities out, as fast as this machine can.
 
-A ready-made model is read without transformers, whose import takes longer than everything else
-here; a model from anywhere else is loaded, and looked at, as everywhere (`models.load`). Texts are
+A model of one block is read without transformers, whose import takes longer than everything else
+here (`packed_files.py`); any other is loaded as everywhere (`models.load`). Texts are
 tokenized by looking up words (`word_table.py`) and go through the network without padding, its
 convolution folded into tables (`packed.py`). The answers are those of
 `NiNTextForSequenceClassification`: equal within rounding in float32, and in bfloat16 within what
@@ -23,15 +23,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from nin_text.device import pick_device, use_bf16
 from nin_text.errors import UserError
-from nin_text.options import model_folder, trained_max_length
+from nin_text.options import (
+    CONFIG_FILE,
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
+    WEIGHTS_FILE,
+    model_folder,
+    trained_max_length,
+)
 from nin_text.packed import BlocksEncoder, FoldedBlock, PackedClassifier
-from nin_text.word_table import WordTable, clean
+from nin_text.packed_files import read_packed
+from nin_text.word_table import WordTable, clean, cut_and_fill
 
 if TYPE_CHECKING:
     from nin_text.text import NiNTextForSequenceClassification
@@ -40,7 +47,7 @@ if TYPE_CHECKING:
 # but not below the least: the threads would wait for each other.
 LEAST_JOB, MOST_JOB = 2**14, 2**17
 UNLIMITED = 10**9  # tokens
-MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+MODEL_FILES = (CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE, TOKENIZER_CONFIG_FILE)
 MOST_TABLE_BYTES = 2**28  # of a folded convolution; a larger one is computed
 
 
@@ -77,11 +84,11 @@ class Predictor:
     ) -> None:
         self.folder = folder = _folder(str(model))
         loaded = None
-        if model_folder(str(model)) != str(model):  # ready-made
-            config, weights = _read(folder)
-        else:
+        read = read_packed(folder)
+        if read is None:
             loaded = _load(folder)
-            config, weights = loaded.config.to_dict(), loaded.state_dict()
+            read = loaded.config.to_dict(), loaded.state_dict()
+        config, weights = read
         names = {int(i): str(name) for i, name in config["id2label"].items()}
         self.label_names = [names[i] for i in sorted(names)]
         self.device = pick_device(device)
@@ -93,7 +100,7 @@ class Predictor:
             max_length = trained_max_length(str(folder))
         self.tokenizer = PackedTokenizer(folder, max_length)
         dtype = torch.bfloat16 if bf16 else torch.float32
-        self.classifier = _pack(config, weights, dtype, self.device, loaded)
+        self.classifier = _pack(config, weights, dtype, self.device, folder, loaded)
         self.threads = torch.get_num_threads() if self.device.type == "cpu" else 2
         self._pool: ThreadPoolExecutor | None = None
         self._lock = Lock()
@@ -113,6 +120,8 @@ class Predictor:
         if isinstance(texts, str):
             raise TypeError("texts must be a list of strings, not one string")
         texts = texts if isinstance(texts, Sequence) else list(texts)
+        if len(texts) == 1:
+            return self._answer(texts)
         answers = self.map(self._answer, list(self.jobs(texts)))
         return np.concatenate([np.zeros((0, len(self.label_names)), np.float32), *answers])
 
@@ -172,8 +181,8 @@ class PackedTokenizer:
 
     def __init__(self, folder: Path, max_length: int | None) -> None:
         try:
-            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-            settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+            tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
+            settings = json.loads((folder / TOKENIZER_CONFIG_FILE).read_text(encoding="utf-8"))
         except Exception as error:
             raise UserError(f"no tokenizer could be loaded from {folder} ({error})") from error
         tokenizer.no_padding()
@@ -191,20 +200,12 @@ class PackedTokenizer:
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids end to end (N,) and how many each text has (n,); a text without any gets [UNK]."""
         if self.words is not None:
-            ids, lengths = self.words.encode(texts)
-            if self.limit is not None and len(lengths) and lengths.max() > self.limit:
-                place = np.arange(len(ids)) - np.repeat(lengths.cumsum() - lengths, lengths)
-                ids, lengths = ids[place < self.limit], np.minimum(lengths, self.limit)
-        else:
-            cleaned = [clean(text) for text in texts]
-            rows = [encoding.ids for encoding in self.tokenizer.encode_batch_fast(cleaned)]
-            lengths = np.array([len(row) for row in rows], dtype=np.int64)
-            ids = np.array([i for row in rows for i in row], dtype=np.int32)
-        empty = np.flatnonzero(lengths == 0)
-        if len(empty):
-            ids = np.insert(ids, (lengths.cumsum() - lengths)[empty], self.empty)
-            lengths[empty] = 1
-        return ids, lengths
+            return cut_and_fill(*self.words.encode(texts), self.limit, self.empty)
+        cleaned = [clean(text) for text in texts]
+        rows = [encoding.ids for encoding in self.tokenizer.encode_batch_fast(cleaned)]
+        lengths = np.array([len(row) for row in rows], dtype=np.int64)
+        ids = np.array([i for row in rows for i in row], dtype=np.int32)
+        return cut_and_fill(ids, lengths, None, self.empty)
 
 
 # ---- reading what was saved ----------------------------------------------------------------------
@@ -224,25 +225,19 @@ def _folder(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "model.safetensors"]))
+        return Path(snapshot_download(name, allow_patterns=["*.json", WEIGHTS_FILE]))
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"no model could be loaded from {name!r} ({reason})") from error
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Configuration and weights of a model that is part of this package, which needs no checks."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return config, load_file(folder / "model.safetensors")
-
-
 def _load(folder: Path) -> NiNTextForSequenceClassification:
-    """A model from anywhere else, with the checks that every such model goes through.
+    """A model that cannot be read without transformers, or is damaged.
 
     Raises:
         UserError: if it is no NiN that answers with one class for each text, or damaged.
     """
-    path = folder / "config.json"
+    path = folder / CONFIG_FILE
     if not path.is_file():
         raise UserError(f"{folder} is no model folder: it has no readable config.json")
     try:
@@ -264,6 +259,7 @@ def _pack(
     weights: dict[str, Tensor],
     dtype: torch.dtype,
     device: torch.device,
+    folder: Path,
     model: NiNTextForSequenceClassification | None,
 ) -> PackedClassifier:
     """The network of a saved model; folded if it can be, else on the model's own blocks."""
@@ -279,7 +275,8 @@ def _pack(
     )
     if FoldedBlock.supports(config) and table_bytes <= MOST_TABLE_BYTES:
         return PackedClassifier.folded(config, weights, dtype)
-    assert model is not None  # those of this package can be folded
+    if model is None:  # its tables would be too large
+        model = _load(folder)
     nin = model.nin.to(device)  # type: ignore[arg-type]
     encoder = BlocksEncoder(nin, None if dtype == torch.float32 else dtype)
     return PackedClassifier(encoder, weights, config)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from nin_text.errors import UserError
-from nin_text.word_table import clean
+from nin_text.word_table import WordTable, clean, cut_and_fill
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +45,7 @@ _TOO_LONG = re.compile(
 UNLIMITED = int(1e30)  # what transformers itself writes for "no limit"
 CACHE_FORMAT = 1  # to be raised when equal texts no longer give an equal tokenizer
 CHUNK = 4096  # texts handed to the tokenizer at once
+MANY_TEXTS = 512  # from which on looking words up is worth its preparation
 
 
 def cache_dir() -> Path:
@@ -219,13 +220,15 @@ def encode(
     """Token ids (int32) of each text; a text without any becomes [UNK].
 
     Args:
-        tokenizer: any Hugging Face tokenizer.
+        tokenizer: any Hugging Face tokenizer. Many texts and one of those that are trained here
+            are looked up word by word, which gives the same ids.
         texts: any strings.
         max_length: cut texts to this many tokens; None or 0 keeps everything.
         progress: title of a progress bar, or None for no bar.
     """
     cut = truncation(tokenizer, max_length)
     fallback = tokenizer.unk_token_id if tokenizer.unk_token_id is not None else 0
+    words = _word_table(tokenizer) if len(texts) >= MANY_TEXTS else None
     ids: list[np.ndarray] = []
     bar = tqdm(
         total=len(texts),
@@ -236,8 +239,25 @@ def encode(
     )
     with bar:
         for start in range(0, len(texts), CHUNK):
-            batch = [clean(text) for text in texts[start : start + CHUNK]]
-            encoded = tokenizer(batch, return_attention_mask=False, verbose=False, **cut)
-            ids += [np.asarray(row or [fallback], dtype=np.int32) for row in encoded["input_ids"]]
+            batch = texts[start : start + CHUNK]
+            if words is not None:
+                flat, lengths = words.encode(batch)
+                flat, lengths = cut_and_fill(flat, lengths, cut.get("max_length"), fallback)
+                ids += [row.copy() for row in np.split(flat, lengths.cumsum()[:-1])]
+            else:
+                cleaned = [clean(text) for text in batch]
+                encoded = tokenizer(cleaned, return_attention_mask=False, verbose=False, **cut)
+                rows = encoded["input_ids"]
+                ids += [np.asarray(row or [fallback], dtype=np.int32) for row in rows]
             bar.update(len(batch))
     return ids
+
+
+def _word_table(tokenizer: PreTrainedTokenizerBase) -> WordTable | None:
+    """What looks words up as a tokenizer would have them, if it is one that can be looked up."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    backend.no_truncation()  # transformers sets both anew at each call
+    backend.no_padding()
+    return WordTable(backend) if WordTable.supports(backend) else None

@@ -202,6 +202,30 @@ class WordTable:
         _fill(self.slots, low, high, words)
 
 
+def cut_and_fill(
+    ids: np.ndarray, lengths: np.ndarray, limit: int | None, fallback: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Texts cut to a number of tokens; one without any becomes `fallback`.
+
+    Args:
+        ids: (N,) of all texts, end to end.
+        lengths: (B,) how many each has.
+        limit: tokens of a text, or None for no limit.
+        fallback: token id.
+
+    Returns:
+        The same two arrays of what is left.
+    """
+    if limit is not None and len(lengths) and lengths.max() > limit:
+        place = np.arange(len(ids)) - np.repeat(lengths.cumsum() - lengths, lengths)
+        ids, lengths = ids[place < limit], np.minimum(lengths, limit)
+    empty = np.flatnonzero(lengths == 0)
+    if len(empty):
+        ids = np.insert(ids, (lengths.cumsum() - lengths)[empty], fallback)
+        lengths = np.maximum(lengths, 1)
+    return ids, lengths
+
+
 def clean(text: str) -> str:
     """Replace what no tokenizer accepts: lone surrogates become U+FFFD."""
     return _SURROGATE.sub("\ufffd", text)

@@ -2,10 +2,10 @@
 
   OMP_NUM_THREADS=1 python -m tests.soak --minutes 30
 
-Batches of random numbers of texts of random lengths go through a ready-made model. Every so often
-the same probes are answered, in one thread and in eight at once, and must be equal to the first
-answers, bit for bit. The last line is JSON: minutes, texts, and the slope of the resident memory
-after the first fifth of the time, in MiB an hour.
+Batches of random numbers of texts of random lengths, with ever new words among them, go through a
+ready-made model by `Predictor`. Every so often the same probes are answered, in one thread and in
+eight at once, and must be equal to the first answers, bit for bit. The last line is JSON: minutes,
+texts, and the slope of the resident memory after the first fifth of the time, in MiB an hour.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
-from nin_text import demo_data, models
-from nin_text.evaluation import predict_logits
-from nin_text.tokenization import encode
+from nin_text import Predictor, demo_data
 
 PROBES, THREADS, EVERY = 32, 8, 5.0  # every so many seconds the probes are answered
+NEW_WORDS = 0.02  # share of words that no text had before: what is remembered of words must end
 
 
 def resident_mb() -> float:
@@ -37,15 +36,17 @@ def soak(minutes: float, seed: int = 0) -> dict[str, float | int]:
     Raises:
         AssertionError: if an answer differs from the first.
     """
-    model, tokenizer = models.load("imdb-sentiment")
+    answers = Predictor("imdb-sentiment").logits
     draw = random.Random(seed)
     words = " ".join(demo_data.generate("demo_reviews")["train"][0]).split()
 
-    def answers(texts: list[str]) -> np.ndarray:
-        return predict_logits(model, encode(tokenizer, texts), pad_token_id=0)
+    def word() -> str:
+        if draw.random() < NEW_WORDS:
+            return "".join(draw.choices("abcdefghijklmnopqrstuvwxyzäéñжя", k=draw.randint(3, 12)))
+        return draw.choice(words)
 
     def some(count: int, longest: int) -> list[str]:
-        return [" ".join(draw.choices(words, k=draw.randint(0, longest))) for _ in range(count)]
+        return [" ".join(word() for _ in range(draw.randint(0, longest))) for _ in range(count)]
 
     probes = some(PROBES, 60)
     first = answers(probes)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_text import VARIANTS, make_model, pad, random_texts
 
-from nin_text import NiNTextForSequenceClassification, packed
+from nin_text import NiNTextForSequenceClassification, ngrams
 from nin_text.packed import BlocksEncoder, FoldedBlock, PackedClassifier
 
 # One block, in every form that can be folded into tables.
@@ -143,7 +143,7 @@ def test_ngrams_across_parts_are_seen_and_counted_once(monkeypatch: pytest.Monke
     model = make_model("nin-text-small", ngram_size=3, ngram_buckets=512)
     texts = [text % 5 for text in random_texts([50, 1, 30])]
     expected = expected_of(model, texts)
-    monkeypatch.setattr(packed, "NGRAM_ROWS", 7)
+    monkeypatch.setattr(ngrams, "CHUNK_TOKENS", 7)
     assert_equal(logits_of(fold(model), texts), expected)
 
 

@@ -190,11 +190,13 @@ def test_fields_that_a_configuration_leaves_out_have_their_defaults(tmp_path: Pa
     np.testing.assert_allclose(actual, defined_logits(str(folder), texts), atol=1e-5)
 
 
-def test_no_heavy_library_is_imported() -> None:
+def test_no_heavy_library_is_imported(tmp_path: Path) -> None:
     """The first answer of a process is not to wait for what it does not need."""
+    folder = make_folder(tmp_path / "model", "nin-text-small", ngram_size=2, ngram_buckets=512)
     program = (
         "import sys; from nin_text import Predictor; "
         "print(*Predictor('imdb-sentiment').predict(['Superb.'])); "
+        f"Predictor({str(folder)!r}).predict(['a b']); "
         "heavy = {'transformers', 'sklearn', 'scipy', 'pandas', 'matplotlib', 'datasets'}; "
         "sys.exit(str(heavy & sys.modules.keys()) if heavy & sys.modules.keys() else 0)"
     )

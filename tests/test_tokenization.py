@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 from nin_text.errors import UserError
 from nin_text.tokenization import (
     KINDS,
+    MANY_TEXTS,
     cache_dir,
     cached_tokenizer,
     clean,
@@ -164,3 +165,17 @@ def test_an_unknown_kind_or_folder_is_refused_in_one_sentence(tmp_path: Path) ->
         train_tokenizer(TEXTS, kind="sentencepiece")
     with pytest.raises(UserError, match=r"tokenizer\.json"):
         load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("limit", [None, 3])
+@pytest.mark.parametrize("kind", ["wordpiece", "word", "bpe"])
+def test_many_texts_get_the_ids_that_each_gets_alone(kind: str, limit: int | None) -> None:
+    """Many are looked up word by word where the tokenizer allows it."""
+    tokenizer = train_tokenizer(TEXTS, kind=kind, vocab_size=200)
+    odd = ["", " ", "\ud800", "größte 电影", "great<br />plot", "[MASK] dull", "x" * 99]
+    texts = (TEXTS * MANY_TEXTS)[:MANY_TEXTS] + odd
+    together = encode(tokenizer, texts, limit)
+    alone = [encode(tokenizer, [text], limit)[0] for text in texts]
+    assert all(np.array_equal(a, b) for a, b in zip(together, alone, strict=True))
+    assert {row.dtype for row in together} == {np.dtype(np.int32)}
+    assert all(row.base is None for row in together)  # one row does not keep all others

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from nin_text import (
@@ -26,6 +28,8 @@ from nin_text import (
 from nin_text.errors import UserError
 from nin_text.inference import evaluate_text, predict_text
 from nin_text.options import EvaluateOptions, PredictOptions, TrainOptions, trained_max_length
+from nin_text.packed_files import FIELDS, read_packed
+from nin_text.predictor import MODEL_FILES
 from nin_text.report import peak_memory_mb
 
 SOURCE = Path(__file__).parent / "fixtures" / "v0.1.0"
@@ -311,19 +315,65 @@ ONE_BLOCK: dict[str, tuple[Edit, str]] = {
 }
 
 
-@pytest.mark.parametrize("kind", ONE_BLOCK)
-def test_a_predictor_refuses_what_is_refused_elsewhere(folder: Path, kind: str) -> None:
+@pytest.fixture
+def one_block(folder: Path) -> Path:
+    """A folder that a `Predictor` reads without transformers."""
     tokens = len(json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"])
     sizes = {"vocab_size": tokens, "num_labels": 3, "ngram_size": 2, "ngram_buckets": 64}
     blocks = {"embedding_size": 8, "block_channels": [[8, 8]], "kernel_sizes": [[3]]}
     NiNTextForSequenceClassification(NiNTextConfig(**sizes, **blocks)).save_pretrained(folder)
-    assert len(Predictor(folder).predict(["a"])) == 1
+    assert read_packed(folder) is not None
+    return folder
+
+
+@pytest.mark.parametrize("kind", ONE_BLOCK)
+def test_a_predictor_refuses_what_is_refused_elsewhere(one_block: Path, kind: str) -> None:
     edit, expected = ONE_BLOCK[kind]
-    edit(folder)
+    edit(one_block)
     before = peak_memory_mb()
-    assert expected in message(lambda: Predictor(folder))
+    assert read_packed(one_block) is None
+    assert expected in message(lambda: Predictor(one_block))
     assert peak_memory_mb() - before < 200
-    assert not planted(folder).exists()
+    assert not planted(one_block).exists()
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("012ab"), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+
+
+@settings(
+    max_examples=300,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(data=st.data())
+def test_what_is_read_without_transformers_is_a_whole_model(one_block: Path, data: Any) -> None:
+    """Any value in any place: it is left to `models.load`, or all answers are still numbers."""
+    saved = {name: (one_block / name).read_bytes() for name in MODEL_FILES}
+    name = data.draw(st.sampled_from(["config.json", "tokenizer_config.json"]))
+    values = json.loads(saved[name])
+    key = data.draw(st.sampled_from([*values, "auto_map", "problem_type"]))
+    values[key] = data.draw(VALUES)
+    try:
+        (one_block / name).write_text(json.dumps(values))
+        if read_packed(one_block) is not None:
+            assert np.isfinite(Predictor(one_block).logits(["a great plot", ""])).all()
+    finally:
+        for name, content in saved.items():
+            (one_block / name).write_bytes(content)
+
+
+@pytest.mark.parametrize("field", sorted({*FIELDS, "auto_map"}))
+def test_a_field_more_or_less_is_left_to_transformers(one_block: Path, field: str) -> None:
+    values = json.loads((one_block / "config.json").read_text())
+    values.pop(field) if field in values else values.update({field: {}})
+    (one_block / "config.json").write_text(json.dumps(values))
+    assert read_packed(one_block) is None
 
 
 def test_nobody_is_asked_whether_code_may_run(

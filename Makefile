@@ -6,10 +6,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check clean
+.PHONY: help demo test test-lowest check clean
 
 help:  ## list the commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(STAMP)  ## train, save and evaluate a classifier on built-in reviews (about a minute)
 	$(BIN)/python scripts/train_text.py --dataset demo_reviews
@@ -18,17 +18,33 @@ test: $(STAMP)  ## run the whole test suite (about ten minutes on two idle cores
 	# Threads that wait for each other would slow down two tests at once many times over.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
+test-lowest: .venv-lowest/.installed  ## the same with the lowest versions that pyproject.toml admits
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n 2
+
 check: $(STAMP)  ## lint, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:  ## remove the virtual environment and caches; runs/ and data/ stay
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-lowest .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-$(STAMP): pyproject.toml constraints.txt
+define check_python
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "error: Python 3.11 or newer is needed; try make PYTHON=python3.11 ..." >&2; exit 2; }
+endef
+
+$(STAMP): pyproject.toml constraints.txt
+	$(check_python)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+# pip has no way to ask for the lowest versions that go together.
+.venv-lowest/.installed: pyproject.toml
+	$(check_python)
+	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet uv
+	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python \
+		--resolution lowest-direct --editable '.[dev]'
 	@touch $@

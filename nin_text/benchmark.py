@@ -53,7 +53,7 @@ def measure_cost(system: System, sample: Sample) -> dict[str, Any]:
     """Parameters, operations, and the batch size that answers the sample fastest.
 
     Returns:
-        `parameters`, `macs_per_token`, and for a network `batch_tokens`.
+        `parameters`, `macs_per_token`, and for a network that pads `batch_tokens`.
     """
     first = sample.texts[:COST_TEXTS]
     cost = system.cost(first)
@@ -61,7 +61,7 @@ def measure_cost(system: System, sample: Sample) -> dict[str, Any]:
         "parameters": int(cost["parameters"]),
         "macs_per_token": cost["macs"] / int(sample.tokens[:COST_TEXTS].sum()),
     }
-    if hasattr(system, "batch_tokens"):
+    if getattr(system, "batch_tokens", None) is not None:
         measured["batch_tokens"] = _fastest_batch(system, sample)
     return measured
 

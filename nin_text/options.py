@@ -406,7 +406,7 @@ class BenchmarkOptions(CommonOptions, DataOptions):
     model: list[str] = option(
         f"NiN models: ready-made ({', '.join(READY_MADE)}), run folders, or presets "
         f"({', '.join(PRESET_NAMES)}), which get random weights",
-        (READY_MADE[0], "nin-text-base"),
+        (READY_MADE[0], *PRESET_NAMES[1:]),
         nargs="+",
         metavar="MODEL",
     )

@@ -99,6 +99,7 @@ FIELDS: dict[str, Callable[[Any], bool]] = {
 }
 OPTIONAL_FIELDS: dict[str, Callable[[Any], bool]] = {
     "problem_type": lambda value: value == "single_label_classification",
+    "use_cache": _is_flag,  # which the Trainer leaves
 }
 
 

@@ -74,10 +74,12 @@ def random_weights(
 
 @torch.no_grad()
 def _random(name: str, classes: int, vocab_size: int) -> NiNTextForSequenceClassification:
+    names = [str(i) for i in range(classes)]
     config = NiNTextConfig.from_preset(
         name,
         vocab_size=vocab_size,
-        num_labels=classes,
+        id2label=dict(enumerate(names)),
+        label2id={name: i for i, name in enumerate(names)},
         ngram_size=RECIPES["default"]["ngrams"],
         ngram_buckets=max(
             models.MIN_BUCKETS,

@@ -39,8 +39,10 @@ from nin_text.options import (
     PRESET_NAMES,
     CompareOptions,
     TrainOptions,
+    saved_nin,
     trained_max_length,
 )
+from nin_text.predictor import Predictor
 from nin_text.report import METRICS_FILE, write_json
 from nin_text.run_folder import ANSWERS_FILE, OPTIONS_FILE
 from nin_text.runs import train_text
@@ -110,17 +112,31 @@ def create(spec: str, options: CompareOptions) -> System:
 
 
 class _Network:
-    """Any sequence classifier of transformers, ours included, with its tokenizer."""
+    """Any sequence classifier of transformers, with its tokenizer; a NiN answers by `Predictor`.
+
+    Attributes:
+        batch_tokens: tokens of a batch, padding included; None if batches have no padding.
+    """
 
     kind = "network"
     description = ""
 
     def __init__(self, options: CompareOptions) -> None:
         self.options = options
-        self.batch_tokens = BATCH_TOKENS[1]
+        self.batch_tokens: int | None = BATCH_TOKENS[1]
         self.max_length: int | None = None
+        self.predictor: Predictor | None = None
 
     def load(self, folder: Path) -> None:
+        if saved_nin(str(folder)):
+            keep_freed_memory()
+            precision = self.options.precision
+            self.predictor = Predictor(folder, device=self.options.device, precision=precision)
+            self.batch_tokens = None
+            return
+        self._load_model(folder)
+
+    def _load_model(self, folder: Path) -> None:
         model, tokenizer = models.load(str(folder))
         self.max_length = trained_max_length(str(folder))
         self._use(model, tokenizer)
@@ -141,7 +157,7 @@ class _Network:
             model,
             self._encode(texts),
             pad_token_id=self.tokenizer.pad_token_id or 0,
-            batch_tokens=self.batch_tokens,
+            batch_tokens=self.batch_tokens or BATCH_TOKENS[1],
             autocast=self.autocast,
         )
 
@@ -149,9 +165,13 @@ class _Network:
         return self._outputs(self.model, texts)
 
     def probabilities(self, texts: Sequence[str]) -> np.ndarray:
+        if self.predictor is not None:
+            return self.predictor.predict_proba(texts)
         return softmax(self._logits(texts))
 
     def cost(self, texts: Sequence[str]) -> dict[str, float]:
+        if self.predictor is not None:  # as it is defined: tables count as the products they save
+            self._load_model(self.predictor.folder)
         return network_cost(self.model, self._encode(texts), self.tokenizer.pad_token_id or 0)
 
     def files(self, folder: Path) -> list[Path]:

@@ -14,10 +14,11 @@ import torch
 from conftest import ROOT
 from safetensors.numpy import load_file
 
-from nin_text import load, load_text_dataset, ngrams
+from nin_text import Predictor, load, load_text_dataset, ngrams
 from nin_text.errors import UserError
 from nin_text.evaluation import predict_logits, softmax
 from nin_text.options import TrainOptions
+from nin_text.packed_files import read_packed
 from nin_text.run_folder import ANSWERS_FILE
 from nin_text.runs import train_text
 from nin_text.tokenization import encode
@@ -246,3 +247,7 @@ def test_weights_saved_in_16_bits_are_those_that_were_scored(tmp_path: Path) -> 
     logits = predict_logits(model, encode(tokenizer, texts), pad_token_id=0, batch_tokens=4096)
     answers = load_file(folder / ANSWERS_FILE)["test"]
     assert softmax(logits) == pytest.approx(answers, abs=1e-5)
+    assert read_packed(folder) is not None  # what a run leaves is read without transformers
+    assert Predictor(folder, precision="fp32").predict_proba(texts) == pytest.approx(
+        answers, abs=1e-5
+    )

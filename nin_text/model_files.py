@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
@@ -20,9 +21,23 @@ from nin_text.errors import UserError
 from nin_text.options import CONFIG_FILE, MAX_JSON_BYTES, MAX_LAYERS, WEIGHTS_FILE
 
 INDEX_FILE = "model.safetensors.index.json"
+DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.model"]  # the last two: vocabularies
 MAX_CLASSES = 2**17
 # A model may have as many parameters again that its file lacks, such as a new classifier, and some.
 SPARE_FACTOR, SPARE_PARAMETERS = 2, 2**22
+
+
+def local_folder(name: str) -> str:
+    """The folder of a model; one that is named by its hub id is downloaded first.
+
+    Downloaded are the files that are looked at and loaded here: none of its code, no pickle.
+
+    Raises:
+        Exception: of huggingface_hub, if there is no such model or no network.
+    """
+    if Path(name).is_dir():
+        return name
+    return snapshot_download(name, allow_patterns=DOWNLOADED, ignore_patterns="*/*")
 
 
 def check_folder(folder: Path) -> None:

@@ -26,9 +26,9 @@ from nin_text.configuration import (
     with_pointwise_layers,
 )
 from nin_text.errors import UserError
-from nin_text.model_files import check_folder, check_weights
+from nin_text.model_files import check_folder, check_weights, local_folder
 from nin_text.networks import BaselineForSequenceClassification
-from nin_text.options import PACKAGED, TrainOptions, model_folder, saved_nin
+from nin_text.options import CONFIG_FILE, PACKAGED, TrainOptions, model_folder, saved_nin
 from nin_text.text import NiNTextForSequenceClassification, NiNTextModel
 from nin_text.tokenization import KINDS, cached_tokenizer, load_tokenizer
 
@@ -150,14 +150,13 @@ def packaged(name: str) -> str:
 def _from_outside(
     name: str, names: dict[str, Any]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    name = packaged(name)
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+    folder = _local(packaged(name))
+    if not (Path(folder) / CONFIG_FILE).is_file():
         raise UserError(f"{name} is no model folder: it holds no config.json")
     try:
-        if Path(name).is_dir():
-            check_folder(Path(name))
+        check_folder(Path(folder))
         config = AutoConfig.from_pretrained(
-            name, trust_remote_code=False, problem_type="single_label_classification", **names
+            folder, trust_remote_code=False, problem_type="single_label_classification", **names
         )
         if isinstance(config, NiNTextConfig):
             raise UserError(
@@ -168,7 +167,7 @@ def _from_outside(
             if hasattr(config, option):
                 setattr(config, option, 0.0)
         model = AutoModelForSequenceClassification.from_pretrained(
-            name,
+            folder,
             config=config,
             ignore_mismatched_sizes=True,
             use_safetensors=True,
@@ -179,7 +178,7 @@ def _from_outside(
     except Exception as error:
         raise UserError(cannot_load(name, error)) from error
     check_weights(model, name)
-    tokenizer = load_tokenizer(name)
+    tokenizer = load_tokenizer(folder)
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None:
         tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
@@ -218,8 +217,9 @@ def load(
     Raises:
         UserError: if it is no model, damaged, or without the layer that tells classes.
     """
+    folder = _local(folder)
     model = load_classifier(folder, multi_label=multi_label)
-    tokenizer = load_tokenizer(model_folder(folder))
+    tokenizer = load_tokenizer(folder)
     known, highest = model.get_input_embeddings(), max(tokenizer.get_vocab().values(), default=0)
     if isinstance(known, torch.nn.Embedding) and highest >= known.num_embeddings:
         raise UserError(
@@ -231,16 +231,14 @@ def load(
 
 def load_classifier(folder: str, *, multi_label: bool = False) -> PreTrainedModel:
     """`load` without the tokenizer."""
-    folder = model_folder(folder)
-    path = Path(folder)
-    if path.is_dir() and not (path / "config.json").is_file():
+    folder = _local(folder)
+    if not (Path(folder) / CONFIG_FILE).is_file():
         raise UserError(
             f"{folder} is no model folder: it holds no config.json; give the output folder of a "
             f"finished training run"
         )
     try:
-        if path.is_dir():
-            check_folder(path)
+        check_folder(Path(folder))
         loaded: Any = AutoModelForSequenceClassification.from_pretrained(
             folder, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
@@ -260,6 +258,14 @@ def load_classifier(folder: str, *, multi_label: bool = False) -> PreTrainedMode
     if len(names) != model.config.num_labels or len(set(names)) < len(names):
         raise UserError(f"the classes of {folder} do not have a name of their own each")
     return model.eval()
+
+
+def _local(name: str) -> str:
+    """The folder of a ready-made model, of a run, or of a download from the hub."""
+    try:
+        return local_folder(model_folder(name))
+    except Exception as error:
+        raise UserError(cannot_load(name, error)) from error
 
 
 def cannot_load(name: str, error: Exception) -> str:

@@ -222,10 +222,10 @@ def _folder(name: str) -> Path:
         return folder
     if name.count("/") != 1 or name.startswith((".", "/")):
         raise UserError(f"there is no model {name!r}; give a ready-made model or a run folder")
-    from huggingface_hub import snapshot_download
+    from nin_text.model_files import local_folder  # imports transformers, which takes seconds
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", WEIGHTS_FILE]))
+        return Path(local_folder(name))
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"no model could be loaded from {name!r} ({reason})") from error

@@ -29,7 +29,7 @@ from nin_text.data import TextDataset
 from nin_text.device import keep_freed_memory, pick_device, use_bf16
 from nin_text.errors import UserError
 from nin_text.evaluation import pad, predict_logits, softmax
-from nin_text.model_files import check_folder
+from nin_text.model_files import check_folder, local_folder
 from nin_text.options import (
     ARCHITECTURES,
     FASTTEXT,
@@ -356,10 +356,9 @@ class FrozenEncoder(_Network):
         return Fit({"C": c, "validation_accuracy_by_C": scores}, softmax(logits))
 
     def _load_encoder(self) -> None:
-        self.folder = models.packaged(self.name)
         try:
-            if Path(self.folder).is_dir():
-                check_folder(Path(self.folder))
+            self.folder = local_folder(models.packaged(self.name))
+            check_folder(Path(self.folder))
             model = AutoModel.from_pretrained(
                 self.folder, use_safetensors=True, trust_remote_code=False
             )

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
@@ -294,6 +295,57 @@ def test_no_way_of_loading_obeys(folder: Path, way: str, kind: str) -> None:
     HOSTILE[kind][0](folder)
     message(lambda: WAYS[way](str(folder)))
     assert not planted(folder).exists()
+
+
+@pytest.fixture
+def on_the_hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An id under which the hub has what the folder holds when it is asked."""
+
+    def download(name: str, *, allow_patterns: list[str], ignore_patterns: str) -> str:
+        assert name == "someone/model"
+        files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*.*")}
+        kept = filter_repo_objects(
+            files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+        )
+        for file in kept:
+            (tmp_path / "cache").mkdir(exist_ok=True)
+            shutil.copy(files[file], tmp_path / "cache" / file)
+        return str(tmp_path / "cache")
+
+    monkeypatch.setattr("nin_text.model_files.snapshot_download", download)
+    return "someone/model"
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("a billion channels", "layers without end", "weights elsewhere", "pickle alone"),
+        *("code of its own", "weights cut short", "tokenizer empty", "configuration too deep"),
+    ],
+)
+def test_a_model_on_the_hub_is_looked_at_as_a_folder_is(
+    folder: Path, on_the_hub: str, kind: str
+) -> None:
+    edit, expected = HOSTILE[kind]
+    edit(folder)
+    before = peak_memory_mb()
+    assert expected in message(lambda: models.load(on_the_hub))
+    assert peak_memory_mb() - before < 200
+    assert not planted(folder).exists()
+
+
+def test_neither_code_nor_pickles_are_downloaded(
+    folder: Path, on_the_hub: str, tmp_path: Path
+) -> None:
+    pickled("pytorch_model.bin")(folder)
+    (folder / "evil.py").write_text("")
+    (folder / "onnx").mkdir()
+    (folder / "onnx" / "config.json").write_text("{}")
+    model, _ = models.load(on_the_hub)
+    assert len(models.label_names(model)) == 3
+    assert Predictor(on_the_hub).predict(["The plot is witty ."]) != []
+    saved = {path.name for path in SOURCE.iterdir()}
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == saved
 
 
 # Of one block: a network whose convolution the Predictor folds into tables.

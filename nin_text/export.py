@@ -9,9 +9,11 @@ Letters in shapes: B texts, T tokens, C channels, K classes, S n-gram sizes.
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import logging
+import os
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
@@ -345,6 +347,11 @@ def export_onnx(options: ExportOptions) -> dict[str, Any]:
         _save_tokenizer(tokenizer, aside / TOKENIZER_FILE)
         sizes = {path.name: path.stat().st_size for path in aside.glob("*.onnx")}
         _move(aside, folder, about)
+    except (UserError, OSError):
+        raise
+    except Exception as error:
+        _say_if_full(aside, error)
+        raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     if complaint:
@@ -352,6 +359,17 @@ def export_onnx(options: ExportOptions) -> dict[str, Any]:
     logger.info("the exported model is in %s", folder)
     summary = {"model": options.model, "output_dir": str(folder), "bytes": sizes}
     return summary | {name: about[name] for name in ("float32", "int8") if name in about}
+
+
+def _say_if_full(folder: Path, error: Exception) -> None:
+    """Where a disk is full onnxruntime leaves files cut short, and fails when it reads them.
+
+    Raises:
+        OSError: if there is less room left than the folder takes already.
+    """
+    taken = sum(path.stat().st_size for path in folder.iterdir())
+    if shutil.disk_usage(folder).free < taken:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
 
 
 def _check_installed() -> None:

@@ -416,7 +416,7 @@ class BenchmarkOptions(CommonOptions, DataOptions):
         "folder for benchmark.md and benchmark.json (default: benchmarks/<dataset>)"
     )
     quick: bool = option(
-        "about a minute: fewer texts and sizes, 2 rounds, and no ONNX transformer", False
+        "about two minutes: fewer texts and sizes, 2 rounds, and no ONNX transformer", False
     )
 
 

@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, Finished, Script
+from google.protobuf.message import DecodeError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_text import VARIANTS, VOCABULARY, make_model, pad, random_texts
@@ -219,6 +220,26 @@ def test_int8_that_misses_its_bound_is_not_written_and_an_older_one_is_removed(
     assert about["int8"]["checked"] == "agreement"
     assert about["int8"]["lost"] > about["int8"]["bound"] == 0.003
     assert properties(folder / "onnx" / "model.onnx")["parity"] == about["float32"]
+
+
+def test_a_file_cut_short_by_a_full_disk_is_said_to_be_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """onnxruntime writes what there is room for and fails when it reads it again."""
+    folder = make_folder(tmp_path / "run")
+
+    def cut_short(source: Path, target: Path) -> None:
+        source.write_bytes(source.read_bytes()[:-100])
+        onnx.load(source)
+
+    monkeypatch.setattr(export, "quantize", cut_short)
+    with pytest.raises(DecodeError):
+        run(folder)
+    usage = shutil.disk_usage(tmp_path)._replace(free=100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(OSError, match="No space left"):  # cli.run turns it into one sentence
+        run(folder)
+    assert not (folder / "onnx").exists()
 
 
 def test_what_int8_loses() -> None:

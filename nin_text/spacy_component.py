@@ -2,9 +2,9 @@
 
 It only answers: training is for `scripts/train_text.py`. Once nin-text is installed, spaCy finds it
 by its name; importing this module registers it, too.
+There is no `from __future__ import annotations` here: spaCy 3.8.7 and before checks arguments by
+their types and cannot read names of types.
 """
-
-from __future__ import annotations
 
 import json
 import shutil

@@ -167,7 +167,9 @@ def _compared(place: Path) -> str | None:
     if not path.is_file():
         return None
     systems = json.loads(path.read_text(encoding="utf-8"))["systems"]
-    if any(system.get("error") for system in systems):  # said on the page; --resume tries them again
+    if any(
+        system.get("error") for system in systems
+    ):  # said on the page; --resume tries them again
         return None
     folder = path.parent / "systems"
     answers = [folder / system["name"] / "answers.safetensors" for system in systems]

@@ -47,9 +47,9 @@ def test_two_processes_give_the_weights_of_one_with_the_same_batches(
     script("train_text", *accumulated, "--output-dir", "accumulated")
     finished = torchrun(tmp_path, *stages, "--batch-size", 8, "--output-dir", "two")
     assert finished.returncode == 0, finished.stderr
-    *others, line = finished.stdout.splitlines()  # one process speaks
+    # One process speaks; that of some versions of torch lets gloo say something, too.
+    (line,) = (line for line in finished.stdout.splitlines() if line.startswith("{"))
     assert json.loads(line)["output_dir"] == "two"
-    assert all(other.startswith("[Gloo]") for other in others)  # as that of torch 2.9 does
     assert finished.stderr.count("epoch 2/2") == 1
     one = load_file(tmp_path / "one" / "model.safetensors")
     for other in ("two", "accumulated"):

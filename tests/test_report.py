@@ -57,7 +57,7 @@ def test_peak_memory_is_in_megabytes_and_grows() -> None:
 
 def test_the_environment_names_what_a_figure_depends_on() -> None:
     environment = report.environment(torch.device("cpu"))
-    assert environment["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(environment["versions"]["torch"])  # which may lack +cu128
     assert environment["threads"] == torch.get_num_threads()
     json.dumps(environment)
 

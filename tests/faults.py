@@ -167,9 +167,8 @@ def _compared(place: Path) -> str | None:
     if not path.is_file():
         return None
     systems = json.loads(path.read_text(encoding="utf-8"))["systems"]
-    if any(
-        system.get("error") for system in systems
-    ):  # said on the page; --resume tries them again
+    # What failed is said to have failed, and tried again when the comparison is resumed.
+    if any(system.get("error") for system in systems):
         return None
     folder = path.parent / "systems"
     answers = [folder / system["name"] / "answers.safetensors" for system in systems]

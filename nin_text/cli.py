@@ -130,8 +130,10 @@ def _run(work: Callable[[], dict[str, Any] | Iterator[dict[str, Any]]]) -> None:
     except UserError as error:
         _fail(str(error))
     except Terminated:
+        _say_nothing_of_bars()
         _fail("terminated", status=143)
     except KeyboardInterrupt:
+        _say_nothing_of_bars()
         _fail("interrupted", status=130)
     except BrokenPipeError:
         # Whoever read our output has seen enough; closing it again at exit must not fail.
@@ -157,6 +159,17 @@ def resource_message(error: Exception) -> str | None:
     if "DefaultCPUAllocator" in text:  # torch's word for the same on a CPU
         return TOO_LITTLE_MEMORY
     return None
+
+
+def _say_nothing_of_bars() -> None:
+    """A bar that a signal interrupted while tqdm made it fails when it is collected: no news."""
+    before = sys.unraisablehook
+
+    def report(failure: Any) -> None:
+        if "tqdm" not in repr(failure.object):
+            before(failure)
+
+    sys.unraisablehook = report
 
 
 def _fail(message: str, status: int = 2) -> NoReturn:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import errno
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from tqdm import tqdm
 
 from nin_text import cli
 from nin_text.errors import UserError
@@ -93,6 +96,18 @@ def test_ctrl_c_has_its_own_status() -> None:
     with pytest.raises(SystemExit) as caught:
         cli.run(failing(KeyboardInterrupt()))
     assert caught.value.code == 130
+
+
+def test_a_bar_that_was_interrupted_while_it_was_made_is_no_news(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reported: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda failure: reported.append(failure.object))
+    with pytest.raises(SystemExit):
+        cli.run(failing(KeyboardInterrupt()))
+    for thing in (tqdm.__del__, print):
+        sys.unraisablehook(SimpleNamespace(object=thing))
+    assert reported == [print]
 
 
 def test_a_fault_of_ours_is_not_hidden() -> None:

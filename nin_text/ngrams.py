@@ -92,7 +92,7 @@ def distinct_ngrams(ids: np.ndarray, lengths: np.ndarray, size: int, buckets: in
     text = np.repeat(np.arange(len(lengths)) * buckets, lengths)
     tokens = ids.astype(np.int64) + 1
     parts = []
-    for start in range(0, len(ids), CHUNK_TOKENS):
+    for start in range(0, max(len(ids), 1), CHUNK_TOKENS):
         # N-grams that end in this part may begin before it.
         first, end = max(0, start - size + 1), start + CHUNK_TOKENS
         values = part = tokens[first:end]
@@ -203,13 +203,13 @@ def features(rows: Sequence[np.ndarray], size: int, buckets: int) -> sparse.csr_
 
 
 def _chunks(rows: Sequence[np.ndarray]) -> Iterator[Sequence[np.ndarray]]:
-    """Consecutive texts of about `CHUNK_TOKENS` tokens together: what is computed at once."""
+    """Consecutive texts of up to `CHUNK_TOKENS` tokens: those of more would be sorted twice."""
     start = tokens = 0
     for i, row in enumerate(rows):
+        if start < i and tokens + len(row) > CHUNK_TOKENS:
+            yield rows[start:i]
+            start, tokens = i, 0
         tokens += len(row)
-        if tokens >= CHUNK_TOKENS:
-            yield rows[start : i + 1]
-            start, tokens = i + 1, 0
     if start < len(rows):
         yield rows[start:]
 

@@ -80,6 +80,12 @@ def test_features_do_not_depend_on_where_chunks_end(monkeypatch: pytest.MonkeyPa
     assert (ngrams.features(rows, 3, BUCKETS) != whole).nnz == 0
 
 
+def test_a_text_without_tokens_has_no_features() -> None:
+    none = np.zeros(0, dtype=np.int32)
+    assert ngrams.features([none, none], 3, BUCKETS).nnz == 0
+    assert ngrams.features([none, np.array([5])], 3, BUCKETS).nnz == 1
+
+
 def test_credit_goes_to_the_tokens_of_the_ngram() -> None:
     """A bigram's weight is halved between its two tokens, and again between two occurrences."""
     branch = ngrams.NGramEvidence(2, BUCKETS, 1)

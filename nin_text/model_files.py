@@ -7,7 +7,6 @@ code to be fetched from a hub. `check_folder` refuses these before a byte is all
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from nin_text.errors import UserError
-from nin_text.options import CONFIG_FILE, MAX_JSON_BYTES, MAX_LAYERS, WEIGHTS_FILE
+from nin_text.options import CONFIG_FILE, MAX_LAYERS, WEIGHTS_FILE
+from nin_text.packed_files import read_object
 
 INDEX_FILE = "model.safetensors.index.json"
 DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.model"]  # the last two: vocabularies
@@ -47,7 +47,7 @@ def check_folder(folder: Path) -> None:
         UserError: if its configuration asks for code, names files outside the folder, or describes
             a model that is larger than its weights; or if the weights are no safetensors.
     """
-    config = _read_object(folder / CONFIG_FILE)
+    config = read_object(folder / CONFIG_FILE)
     _check_claims(folder, config)
     tensors = parameters = 0
     for path in _weight_files(folder):
@@ -121,7 +121,7 @@ def _weight_files(folder: Path) -> list[Path]:
         return [folder / WEIGHTS_FILE]
     if not (folder / INDEX_FILE).is_file():
         return []
-    names = _read_object(folder / INDEX_FILE).get("weight_map")
+    names = read_object(folder / INDEX_FILE).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise UserError(f"{folder / INDEX_FILE} is damaged: it has no weight_map")
     for name in names.values():
@@ -134,20 +134,6 @@ def _check_inside(path: Path, name: Any) -> None:
         raise UserError(
             f"{path} names the file {name!r}; it may only name .safetensors files beside it"
         )
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise UserError(f"{path} is too large for what it should be")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path} is damaged ({' '.join(str(error).split())[:100]})") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is damaged: it holds no JSON object")
-    return value
 
 
 def _parameters(folder: Path) -> int | None:

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from nin_text.errors import UserError
 from nin_text.options import (
     CONFIG_FILE,
     MAX_JSON_BYTES,
@@ -113,7 +114,7 @@ def read_packed(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None
         None if the folder holds anything else than what this module reads.
     """
     try:
-        config = _read_json(folder / CONFIG_FILE)
+        config = read_object(folder / CONFIG_FILE)
         if not _is_read_here(config) or not _belongs(folder, config):
             return None
         weights = _read_weights(folder / WEIGHTS_FILE, shapes(config))
@@ -124,14 +125,27 @@ def read_packed(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None
     return config, weights
 
 
-def _read_json(path: Path) -> Any:
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise ValueError(f"{path} is too large")
-    return json.loads(path.read_text(encoding="utf-8"))
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a model folder.
+
+    Raises:
+        UserError: if the file is missing, damaged, too large, or holds something else.
+    """
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise UserError(f"{path} is too large for what it should be")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} is damaged ({' '.join(str(error).split())[:100]})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged: it holds no JSON object")
+    return value
 
 
-def _is_read_here(config: Any) -> bool:
-    if type(config) is not dict or not FIELDS.keys() <= config.keys():
+def _is_read_here(config: dict[str, Any]) -> bool:
+    if not FIELDS.keys() <= config.keys():
         return False
     fields = FIELDS | OPTIONAL_FIELDS
     if not all(name in fields and fields[name](value) for name, value in config.items()):
@@ -190,8 +204,8 @@ def _read_weights(path: Path, expected: dict[str, list[int]]) -> dict[str, Tenso
 
 def _belongs(folder: Path, config: dict[str, Any]) -> bool:
     """Whether the tokenizer is as this package saves it, and knows no more than the model."""
-    settings = _read_json(folder / TOKENIZER_CONFIG_FILE)
-    if type(settings) is not dict or settings.get("tokenizer_class") != "TokenizersBackend":
+    settings = read_object(folder / TOKENIZER_CONFIG_FILE)
+    if settings.get("tokenizer_class") != "TokenizersBackend":
         return False
     if "auto_map" in settings or any((folder / name).exists() for name in TOKENIZER_EXTRAS):
         return False

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -186,23 +187,42 @@ def _from_outside(
 
 
 @torch.no_grad()
-def round_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Round every weight to what another type can hold; the type itself stays as it is."""
-    for tensor in model.state_dict().values():
-        if tensor.is_floating_point():
-            tensor.copy_(tensor.to(dtype))
+def round_weights(model: PreTrainedModel, save_dtype: str) -> None:
+    """Round every weight to what `save` writes; the type of the model stays as it is."""
+    state = model.state_dict()
+    for name, tensor in _narrowed(model, save_dtype).items():
+        state[name].copy_(tensor)
 
 
-def save(model: PreTrainedModel, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-    """`save_pretrained`, with the weights of the file in another type.
+def save(model: PreTrainedModel, folder: Path, save_dtype: str = "float32") -> None:
+    """`save_pretrained`, with the weights of the file in another type, one of `SAVE_DTYPES`.
 
     What loads the file gets float32 again, as the configuration says.
     """
-    state = {
-        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
-        for name, tensor in model.state_dict().items()
-    }
-    model.save_pretrained(folder, state_dict=state)
+    model.save_pretrained(folder, state_dict=_narrowed(model, save_dtype))
+
+
+def _narrowed(model: PreTrainedModel, save_dtype: str) -> dict[str, Tensor]:
+    """The state of a model in the types of a file.
+
+    In float8 are only the tables of embeddings and n-grams: they take nearly all of the room, and
+    a text adds up or averages so many of their rows that errors of a thirtieth cancel out.
+    """
+    narrow = torch.float16 if save_dtype == "float8" else getattr(torch, save_dtype)
+    tables = {id(getattr(model.get_input_embeddings(), "weight", None))}
+    if isinstance(model, NiNTextForSequenceClassification) and model.ngrams is not None:
+        tables.add(id(model.ngrams.weight))
+    kept = model.state_dict(keep_vars=True)  # the same objects, by which a table is known
+    state = {}
+    for name, tensor in kept.items():
+        tensor = tensor.detach()
+        if tensor.is_floating_point():
+            is_table = save_dtype == "float8" and id(kept[name]) in tables
+            dtype = torch.float8_e4m3fn if is_table else narrow
+            most = torch.finfo(dtype).max
+            tensor = tensor.clamp(-most, most).to(dtype)
+        state[name] = tensor
+    return state
 
 
 def load(

@@ -59,7 +59,7 @@ QUICK_LIMIT, QUICK_ROUNDS = 1000, 2
 MIN_BATCHES = 50
 PRECISIONS = ("auto", "bf16", "fp32")
 EXPLAIN_FORMATS = ("text", "html")
-SAVE_DTYPES = ("float32", "float16")
+SAVE_DTYPES = ("float32", "float16", "float8")
 MODEL_HELP = (
     f"ready-made model ({', '.join(READY_MADE)}), run folder, or the hub id of any sequence "
     f"classifier"
@@ -261,7 +261,8 @@ class TrainOptions(CommonOptions, DataOptions):
     patience: int = option("stop after this many epochs without a better validation score")
     precision: str = option(PRECISION_HELP, "auto", choices=PRECISIONS)
     save_dtype: str = option(
-        "weights in the saved file; float16 halves it, and is what the test split is scored with",
+        "weights in the saved file; float16 halves it, float8 (that for embeddings and n-grams, "
+        "float16 for the rest) quarters it; the test split is scored with what is saved",
         "float32",
         choices=SAVE_DTYPES,
     )

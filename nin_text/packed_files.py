@@ -33,7 +33,7 @@ from nin_text.options import (
 )
 from nin_text.packed import ACTIVATIONS, FoldedBlock
 
-DTYPES = ("F32", "F16", "BF16")  # of weights, as safetensors names them
+DTYPES = ("F32", "F16", "BF16", "F8_E4M3")  # of weights, as safetensors names them
 # Files beside tokenizer.json that could change what it does. This package saves none of them.
 TOKENIZER_EXTRAS = ("added_tokens.json", "special_tokens_map.json", "vocab.txt", "vocab.json")
 

@@ -101,8 +101,7 @@ def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dic
     mistakes = _mistakes(options, dataset, trainer, tokenizer, answers["validation"])
     if options.ngrams:
         stages.refit_ngrams(trainer, encoded["train"], ngram_scale)
-    dtype = getattr(torch, options.save_dtype)
-    models.round_weights(trainer.best_model, dtype)
+    models.round_weights(trainer.best_model, options.save_dtype)
     # All that it took to make the classifier, reading the data left out.
     metrics["fit_seconds"] = round(before + time.perf_counter() - started, 2)
     metrics["fit_peak_memory_mb"] = round(report.peak_memory_mb(), 1)
@@ -112,7 +111,7 @@ def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dic
     if trainer.is_world_process_zero():
 
         def save(place: Path) -> None:
-            models.save(trainer.best_model, place, dtype)
+            models.save(trainer.best_model, place, options.save_dtype)
             tokenizer.save_pretrained(place)
 
         pages = {} if mistakes is None else {report.MISTAKES_FILE: mistakes}

@@ -7,9 +7,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from nin_text import NiNTextConfig, NiNTextModel, models
+from nin_text import NiNTextConfig, NiNTextForSequenceClassification, NiNTextModel, models
 from nin_text.errors import UserError
 from nin_text.options import TrainOptions, trained_max_length, with_recipe
 from nin_text.tokenization import train_tokenizer
@@ -125,3 +126,20 @@ def test_an_encoder_alone_is_no_classifier(tmp_path: Path) -> None:
     NiNTextModel(config).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="holds no classifier"):
         models.load(str(tmp_path))
+
+
+def test_a_weight_beyond_a_small_type_becomes_its_largest_number(tmp_path: Path) -> None:
+    """And not infinite: a file with such a weight would be refused as damaged."""
+    config = NiNTextConfig.from_preset("nin-text-small", vocab_size=20, num_labels=2)
+    model = NiNTextForSequenceClassification(config)
+    table = model.nin.embeddings.weight.data
+    table[3] = torch.linspace(-0.5, 0.5, table.shape[1])
+    table[4, 0], model.classifier.bias.data[1] = 1e6, -1e6
+    models.save(model, tmp_path, "float8")
+    models.round_weights(model, "float8")
+    loaded = NiNTextForSequenceClassification.from_pretrained(tmp_path).state_dict()
+    assert all(loaded[name].equal(value) for name, value in model.state_dict().items())
+    assert loaded["nin.embeddings.weight"][4, 0] == 448  # of four bits of exponent, three more
+    assert loaded["classifier.bias"][1] == -65504
+    row = loaded["nin.embeddings.weight"][3]
+    assert (row - torch.linspace(-0.5, 0.5, len(row))).abs().max() <= 0.5 / 16

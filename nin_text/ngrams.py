@@ -88,26 +88,35 @@ def distinct_ngrams(ids: np.ndarray, lengths: np.ndarray, size: int, buckets: in
     Returns:
         (D,) int64 text * buckets + bucket, sorted, each once.
     """
-    place = np.arange(len(ids)) - np.repeat(lengths.cumsum() - lengths, lengths)  # in its text
-    text = np.repeat(np.arange(len(lengths)) * buckets, lengths)
-    tokens = ids.astype(np.int64) + 1
-    parts = []
-    for start in range(0, max(len(ids), 1), CHUNK_TOKENS):
-        # N-grams that end in this part may begin before it.
-        first, end = max(0, start - size + 1), start + CHUNK_TOKENS
-        values = part = tokens[first:end]
+    ends = lengths.cumsum()
+    parts = [torch.zeros(0, dtype=torch.int64)] if len(ids) == 0 else []
+    for start in range(0, len(ids), CHUNK_TOKENS):
+        end = min(start + CHUNK_TOKENS, len(ids))
+        first = max(0, start - size + 1)  # n-grams that end in this part may begin before it
+        low, high = np.searchsorted(ends, (first, end - 1), "right")
+        texts = np.arange(low, high + 1)
+        starts = ends[texts] - lengths[texts]
+        here = np.minimum(ends[texts], end) - np.maximum(starts, first)  # tokens of each
+        place = np.arange(first, end) - np.repeat(starts, here)  # in its text
+        text = np.repeat(texts * buckets, here)
+        values = part = ids[first:end].astype(np.int64) + 1
         found = []
         for n in range(size):
             if n:
                 values = np.concatenate([part[:1], values[:-1] * MULTIPLIER + part[1:]])
             values = values % PRIME
-            keys = values * SCRAMBLE % PRIME % buckets + text[first:end]
-            whole = place[first:end] >= n
+            keys = values * SCRAMBLE % PRIME % buckets + text
+            whole = place >= n
             whole[: start - first] = False
             found.append(keys[whole])
         ordered = torch.from_numpy(np.concatenate(found)).sort().values
         parts.append(ordered.unique_consecutive())
-    return parts[0] if len(parts) == 1 else torch.cat(parts).unique()
+    if len(parts) == 1:
+        return parts[0]
+    keys = np.concatenate(parts)
+    parts.clear()
+    keys.sort()  # in place: of a text of megabytes there is more than one would want twice
+    return torch.from_numpy(keys[np.append(True, keys[1:] != keys[:-1])])
 
 
 def sum_of_distinct(keys: Tensor, texts: int, weight: Tensor) -> Tensor:

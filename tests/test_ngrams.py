@@ -80,6 +80,26 @@ def test_features_do_not_depend_on_where_chunks_end(monkeypatch: pytest.MonkeyPa
     assert (ngrams.features(rows, 3, BUCKETS) != whole).nnz == 0
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(1, 20), max_size=30), max_size=6),
+    st.integers(1, 4),
+    st.integers(1, 40),
+)
+def test_the_fast_way_finds_the_same_ngrams_wherever_its_parts_end(
+    texts: list[list[int]], size: int, chunk: int
+) -> None:
+    expected = {
+        i * BUCKETS + b for i, text in enumerate(texts) for b in distinct_buckets(text, size)
+    }
+    ids = np.array([token for text in texts for token in text], dtype=np.int32)
+    lengths = np.array([len(text) for text in texts], dtype=np.int64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ngrams, "CHUNK_TOKENS", chunk)
+        found = ngrams.distinct_ngrams(ids, lengths, size, BUCKETS)
+    assert found.tolist() == sorted(expected)
+
+
 def test_a_text_without_tokens_has_no_features() -> None:
     none = np.zeros(0, dtype=np.int32)
     assert ngrams.features([none, none], 3, BUCKETS).nnz == 0

@@ -26,7 +26,7 @@ from safetensors.numpy import load_file, save_file
 from nin_text import benchmark, processes, report
 from nin_text.baselines import count_tokens
 from nin_text.benchmark import Sample
-from nin_text.comparison_report import print_table, to_html, to_markdown
+from nin_text.comparison_report import print_table, to_html, to_markdown, to_plots
 from nin_text.data import Split, TextDataset
 from nin_text.device import pick_device, use_bf16
 from nin_text.errors import UserError
@@ -50,6 +50,7 @@ logger = logging.getLogger(__name__)
 OPTIONS_FILE = "comparison_options.json"
 SYSTEM_FILE = "system.json"  # written last: a system without it is fitted again
 OWNER_FILE = "spec.json"  # whose folder it is
+PLOTS = "plots"
 LENGTH_BINS = 5
 SMALLEST_CURVE = 20
 FLOOR = 1e-7  # of a probability, before its logarithm is taken
@@ -114,6 +115,9 @@ def _compare(
     report.write_json(folder / "comparison.json", comparison)
     for file, text in (("md", to_markdown(comparison)), ("html", to_html(comparison))):
         report.write_text(folder / f"comparison.{file}", text)
+    (folder / PLOTS).mkdir(exist_ok=True)
+    for plot in to_plots(comparison):
+        report.write_text(folder / PLOTS / f"{plot.name}.svg", plot.svg.decode())
     if not options.quiet:
         print_table(comparison)
     logger.info("the comparison is in %s: open comparison.html", folder)

@@ -1,7 +1,8 @@
 """Plots of a comparison, as SVG, and how its figures are written.
 
-Accuracy against throughput, size, labelled examples and length of text. Figures and looks are those
-of the tables in `comparison_report.py`: the same numbers, one colour and marker for each kind.
+Accuracy against throughput, size, parameters, training time, labelled examples and length of text.
+Figures and looks are those of the tables in `comparison_report.py`: the same numbers, one colour
+and marker for each kind.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ Series = list[tuple[System, list[tuple[float, float]]]]  # ascending points of e
 
 
 class Plot(NamedTuple):
+    name: str  # that its file gets
     caption: str
     alt: str
     svg: bytes
@@ -45,10 +47,13 @@ as_percent, as_points = writer(".2f", 100), writer("+.2f", 100)
 
 
 def as_size(value: float | None) -> str:
-    if value is None:
-        return NONE
+    return NONE if value is None else f"{as_thousands(value)}B"
+
+
+def as_thousands(value: float) -> str:
+    """A number with the letter of its thousands: 20 M."""
     power = min(int(math.log10(max(value, 1)) // 3), 3)
-    return f"{as_speed(value / 1000**power)} {('B', 'kB', 'MB', 'GB')[power]}"
+    return f"{as_speed(value / 1000**power)} {('', 'k', 'M', 'G')[power]}"
 
 
 def as_speed(value: float) -> str:
@@ -75,23 +80,28 @@ def shortened(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
+COSTS: tuple[tuple[str, str, str, Writer], ...] = (
+    ("speed.best.documents_per_second", "throughput", "documents per second, best batch", as_speed),
+    ("bytes_on_disk", "size", "size on disk", as_size),
+    ("parameters", "parameters", "parameters", as_thousands),
+    ("train_seconds", "training", "seconds of training and tuning", as_speed),
+)
+
+
 def plots_of(systems: Sequence[System]) -> list[Plot]:
-    """Accuracy against two costs, and, where it was measured, training examples and length."""
+    """Accuracy against each cost, and, where it was measured, training examples and length."""
     plots = []
-    for path, label, write in (
-        ("speed.best.documents_per_second", "documents per second, best batch size", as_speed),
-        ("bytes_on_disk", "size on disk", as_size),
-    ):
+    for path, name, label, write in COSTS:
         costs = [
             (s, value_at(s, path), accuracy_of(s), value_at(s, "cited.accuracy")) for s in systems
         ]
         points = [(s, [(x, cited if y is None else y)]) for s, x, y, cited in costs if x]
-        plots.append(_plot(points, label, write))
+        plots.append(_plot(name, points, label, write))
     curves: Series = [
         (s, sorted((p["examples"], p["accuracy"]) for p in s["curve"] or [])) for s in systems
     ]
     if any(len(points) > 1 for _, points in curves):
-        plots.append(_plot(curves, "labelled examples", as_count))
+        plots.append(_plot("examples", curves, "labelled examples", as_count))
     sizes = {(b["from"], b["to"]): b["n"] for s in systems for b in s["by_length"] or []}
     bins = sorted(sizes)
     names = [f"{low:,} to\n{high:,}\n(n = {sizes[low, high]:,})" for low, high in bins]
@@ -99,14 +109,16 @@ def plots_of(systems: Sequence[System]) -> list[Plot]:
         (s, sorted((bins.index((b["from"], b["to"])), b["accuracy"]) for b in s["by_length"] or []))
         for s in systems
     ]
-    plots.append(_plot(lengths, "tokens of the text", lambda x: names[int(x)], len(bins)))
+    tokens = "tokens of the text"
+    plots.append(_plot("length", lengths, tokens, lambda x: names[int(x)], len(bins)))
     return [plot for plot in plots if plot]
 
 
-def _plot(series: Series, label: str, write: Writer, bins: int = 0) -> Plot | None:
+def _plot(name: str, series: Series, label: str, write: Writer, bins: int = 0) -> Plot | None:
     """Test accuracy against something: a point or a line for each system.
 
     Args:
+        name: that its file gets.
         series: x and accuracy, which may be None.
         label: what x is.
         write: x in words.
@@ -144,7 +156,8 @@ def _plot(series: Series, label: str, write: Writer, bins: int = 0) -> Plot | No
         f"{_label(system)}: {' to '.join(f'{y:.2f} % at {write(x)}' for x, y in ends)}"
         for system, ends in ((s, dict.fromkeys((p[0], p[-1]))) for s, p in series)
     ]
-    return Plot(caption, " ".join(f"{caption} {'; '.join(said)}.".split()), svg.getvalue())
+    alt = " ".join(f"{caption} {'; '.join(said)}.".split())
+    return Plot(name, caption, alt, svg.getvalue())
 
 
 def _label(system: System) -> str:

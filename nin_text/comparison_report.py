@@ -150,11 +150,17 @@ def to_markdown(comparison: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def to_plots(comparison: dict[str, Any]) -> list[Plot]:
+    """The plots of the page, one by one."""
+    return plots_of(_ranked(_tidy(comparison)))
+
+
 def to_html(comparison: dict[str, Any]) -> str:
     """The comparison as one page that needs nothing from outside itself."""
+    plots = to_plots(comparison)
     comparison = _tidy(comparison)
     sections: list[tuple[str, Sequence[Block | Plot]]] = [*_sections(comparison)]
-    if plots := plots_of(_ranked(comparison)):
+    if plots:
         sections.insert(1, ("Plots", plots))
     title = escape(_title(comparison))
     body = "\n".join(

@@ -89,6 +89,8 @@ def distinct_ngrams(ids: np.ndarray, lengths: np.ndarray, size: int, buckets: in
         (D,) int64 text * buckets + bucket, sorted, each once.
     """
     ends = lengths.cumsum()
+    # Half as wide where they can be: they are sorted twice as fast.
+    dtype = np.int32 if len(lengths) * buckets <= 2**31 else np.int64
     parts = [torch.zeros(0, dtype=torch.int64)] if len(ids) == 0 else []
     for start in range(0, len(ids), CHUNK_TOKENS):
         end = min(start + CHUNK_TOKENS, len(ids))
@@ -103,20 +105,21 @@ def distinct_ngrams(ids: np.ndarray, lengths: np.ndarray, size: int, buckets: in
         found = []
         for n in range(size):
             if n:
-                values = np.concatenate([part[:1], values[:-1] * MULTIPLIER + part[1:]])
-            values = values % PRIME
-            keys = values * SCRAMBLE % PRIME % buckets + text
+                values = np.concatenate([part[:1], values[:-1] * MULTIPLIER + part[1:]]) % PRIME
+            keys = values * SCRAMBLE % PRIME
+            # A remainder of a power of two is a mask, ten times as fast.
+            keys = keys % buckets if buckets & (buckets - 1) else keys & (buckets - 1)
             whole = place >= n
             whole[: start - first] = False
-            found.append(keys[whole])
+            found.append((keys + text).astype(dtype)[whole])
         ordered = torch.from_numpy(np.concatenate(found)).sort().values
         parts.append(ordered.unique_consecutive())
     if len(parts) == 1:
-        return parts[0]
+        return parts[0].long()
     keys = np.concatenate(parts)
     parts.clear()
     keys.sort()  # in place: of a text of megabytes there is more than one would want twice
-    return torch.from_numpy(keys[np.append(True, keys[1:] != keys[:-1])])
+    return torch.from_numpy(keys[np.append(True, keys[1:] != keys[:-1])]).long()
 
 
 def sum_of_distinct(keys: Tensor, texts: int, weight: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import sys
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
@@ -90,6 +91,9 @@ def test_the_table_on_a_strangers_csv_is_right(script: Script, pets: Path, tmp_p
     page = (tmp_path / "out" / "comparison.html").read_text(encoding="utf-8")
     assert "<b>dog</b>" not in page
     assert (tmp_path / "out" / "comparison.md").is_file()
+    plots = sorted((tmp_path / "out" / "plots").iterdir())
+    assert {"parameters.svg", "training.svg", "size.svg"} <= {path.name for path in plots}
+    assert all(ElementTree.parse(path).getroot().tag.endswith("svg") for path in plots)
 
 
 def test_a_second_run_fits_only_what_is_missing(pets: Path, tmp_path: Path) -> None:

@@ -241,7 +241,7 @@ def test_a_page_is_balanced_and_loads_nothing(case: dict[str, Any]) -> None:
 def test_plots_are_svg_and_say_their_numbers(case: dict[str, Any]) -> None:
     images = Page(to_html(case)).images()
     assert len(images) == {"bare": 0, "none": 0}.get(
-        next(name for name in EVERY if EVERY[name] is case), 4
+        next(name for name in EVERY if EVERY[name] is case), 6
     )
     for image in images:
         svg = base64.b64decode(str(image["src"]).removeprefix("data:image/svg+xml;base64,"))
@@ -389,8 +389,8 @@ def test_missing_values_are_dashes(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_learning_curve_needs_two_points_and_lengths_need_bins() -> None:
     lone = reference(curve=[{"examples": 100, "accuracy": 0.5}], by_length=[])
-    assert len(Page(to_html(comparison([lone]))).images()) == 2
-    assert len(Page(to_html(comparison([lone, system("a")]))).images()) == 4
+    assert len(Page(to_html(comparison([lone]))).images()) == 4
+    assert len(Page(to_html(comparison([lone, system("a")]))).images()) == 6
 
 
 def test_hostile_text_is_only_text() -> None:
@@ -445,4 +445,4 @@ def test_a_comparison_read_back_from_json_gives_the_same_page() -> None:
 
 def test_every_kind_looks_different_and_an_unknown_one_is_drawn() -> None:
     assert len({marker for _, marker in LOOKS.values()}) == len(LOOKS) == 7
-    assert len(Page(to_html(comparison([reference(kind="new")]))).images()) == 4
+    assert len(Page(to_html(comparison([reference(kind="new")]))).images()) == 6

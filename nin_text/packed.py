@@ -35,6 +35,38 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def _fused_product() -> Any:
+    """oneDNN's linear map that does what follows on its way to memory, for bfloat16 on a CPU.
+
+    It is what torch.compile makes of both, and may go with another version of torch.
+    """
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    product = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    return product if torch.backends.mkldnn.is_available() and supported and supported() else None
+
+
+FUSED = _fused_product()
+
+
+def _is_fused(x: Tensor) -> bool:
+    return FUSED is not None and x.dtype == torch.bfloat16 and x.device.type == "cpu"
+
+
+def linear_act(x: Tensor, weight: Tensor, bias: Tensor, act: str) -> Tensor:
+    """(n, D) to (n, C): a linear map and the activation of that name."""
+    if _is_fused(x):
+        name = "swish" if act == "silu" else act
+        return FUSED(x, weight, bias, name, [], "none")
+    return ACTIVATIONS[act](F.linear(x, weight, bias))
+
+
+def linear_add(x: Tensor, weight: Tensor, other: Tensor) -> Tensor:
+    """(n, D) to (n, C): a linear map without bias, and something to add to it."""
+    if _is_fused(x):
+        return FUSED.binary(x, other, weight, None, "add")
+    return torch.addmm(other, x, weight.t())
+
+
 @dataclass(frozen=True)
 class Packed:
     """Texts end to end, with `gap` rows or more that hold no token after each.
@@ -112,7 +144,7 @@ class FoldedBlock:
              weights[f"blocks.0.pointwise.{i}.bias"].to(dtype))
             for i in range(len(config["block_channels"][0]) - 1)
         ]  # fmt: skip
-        self.act = ACTIVATIONS[config["hidden_act"]]
+        self.act = config["hidden_act"]
         self.embeddings = None
         if config["residual"]:
             self.embeddings = F.pad(embeddings, (0, 0, 0, 1))
@@ -138,15 +170,17 @@ class FoldedBlock:
         windows = rows.unfold(0, reach, 1)[:, :: self.dilation] + self.first_rows  # (n, width)
         x = F.embedding_bag(windows, self.taps, mode="sum")  # (n, C)
         if self.embeddings is None:
+            x = ACTIVATIONS[self.act](x)
             for weight, bias in self.linears:
-                x = F.linear(self.act(x), weight, bias)
-            return self.act(x)
+                x = linear_act(x, weight, bias, self.act)
+            return x
         tokens = F.embedding(rows[self.halo : len(rows) - self.halo], self.embeddings)
         if not self.linears:
             return tokens + x
+        x = ACTIVATIONS[self.act](x)
         for weight, bias in self.linears[:-1]:
-            x = F.linear(self.act(x), weight, bias)
-        return torch.addmm(tokens, self.act(x), self.linears[-1][0].t())
+            x = linear_act(x, weight, bias, self.act)
+        return linear_add(x, self.linears[-1][0], tokens)
 
 
 class PackedClassifier:

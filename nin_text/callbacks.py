@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 from transformers import (
@@ -48,15 +47,23 @@ class WeightAverage(TrainerCallback):
     """
 
     def __init__(self, model: torch.nn.Module, decay: float) -> None:
-        def average(averaged: Any, current: Any, n: Tensor | int) -> None:
-            weight = 1 - min(decay, (1 + int(n)) / (10 + int(n)))
-            torch._foreach_lerp_(averaged, current, weight)
-
-        self.averaged = AveragedModel(model, multi_avg_fn=torch.no_grad()(average))
+        self.decay = decay
+        self.averaged = AveragedModel(model)
         self.averaged.module.eval()
 
+    @torch.no_grad()
     def on_step_end(self, args, state, control, model=None, **kwargs):  # type: ignore[no-untyped-def]
-        self.averaged.update_parameters(model)
+        # As `AveragedModel.update_parameters`, which would also copy the table of n-grams.
+        n = int(self.averaged.n_averaged)
+        weight = 1 - min(self.decay, (1 + n) / (10 + n)) if n else 1.0
+        torch._foreach_lerp_([*self.averaged.module.parameters()], [*model.parameters()], weight)
+        self.averaged.n_averaged += 1
+
+    @torch.no_grad()
+    def on_epoch_end(self, args, state, control, model=None, **kwargs):  # type: ignore[no-untyped-def]
+        # Before the averaged model is judged or saved. Statistics of batch normalization change.
+        for mine, theirs in zip(self.averaged.module.buffers(), model.buffers(), strict=True):
+            mine.copy_(theirs)
 
     def save(self, path: Path) -> None:
         save_file({k: v.contiguous() for k, v in self.averaged.state_dict().items()}, path)

@@ -33,6 +33,7 @@ SCRAMBLE = 1_640_531_527  # spreads neighbouring values, whose order is that of 
 
 SMOOTHING = 1.0  # added to every count of naive Bayes
 INVERSE_REGULARIZATION = 1.0  # C of the logistic regression
+LEAST_TEXTS = 2  # that an n-gram must be in: what a single text has tells little of others
 CHUNK_TOKENS = 2**18  # whose n-grams are sorted at once
 LEAST_SCALE = 0.01
 
@@ -235,7 +236,8 @@ def fit(
 ) -> None:
     """Set the weights of the branch from labelled texts: each class against all others.
 
-    With two classes the evidence for one is the negative of that for the other.
+    With two classes the evidence for one is the negative of that for the other. N-grams of fewer
+    than `LEAST_TEXTS` texts get none, unless all are so rare.
 
     Args:
         branch: its `weight` and `bias` are overwritten.
@@ -248,8 +250,13 @@ def fit(
     if class_weights is not None:
         by_class = np.asarray(class_weights)[labels]
         sample_weight = by_class if sample_weight is None else sample_weight * by_class
-    weight, bias = fit_linear(counts, labels, len(branch.bias), sample_weight=sample_weight)
-    branch.weight.copy_(torch.from_numpy(weight))
+    texts = np.bincount(counts.indices, minlength=1)
+    common = np.flatnonzero(texts >= min(LEAST_TEXTS, texts.max()))
+    weight, bias = fit_linear(
+        counts[:, common], labels, len(branch.bias), sample_weight=sample_weight
+    )
+    branch.weight.zero_()
+    branch.weight[torch.from_numpy(common)] = torch.from_numpy(weight)
     branch.bias.copy_(torch.from_numpy(bias))
 
 

@@ -66,13 +66,15 @@ def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dic
     set_seed(options.seed)
     with processes.main_process_first():  # it trains the tokenizer, the others find it in the cache
         model, tokenizer = models.build(options, train.texts, train.labels, dataset.label_names)
-    encoded = {
-        split: EncodedTexts(
-            encode(tokenizer, part.texts, options.max_length, progress=f"encoding {split}"),
-            part.labels,
+
+    def encode_split(split: str) -> EncodedTexts:
+        part = dataset.splits[split]
+        title = f"encoding {split}"
+        return EncodedTexts(
+            encode(tokenizer, part.texts, options.max_length, progress=title), part.labels
         )
-        for split, part in dataset.splits.items()
-    }
+
+    encoded = {split: encode_split(split) for split in dataset.splits if split != "test"}
     logger.info(
         "%s: %s parameters, vocabulary %s, on %s",
         options.model,
@@ -105,6 +107,7 @@ def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dic
     # All that it took to make the classifier, reading the data left out.
     metrics["fit_seconds"] = round(before + time.perf_counter() - started, 2)
     metrics["fit_peak_memory_mb"] = round(report.peak_memory_mb(), 1)
+    encoded["test"] = encode_split("test")
     score("test")
     metrics["peak_memory_mb"] = round(report.peak_memory_mb(), 1)
     metrics["total_seconds"] = round(time.perf_counter() - started, 2)

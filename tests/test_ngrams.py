@@ -135,6 +135,17 @@ def test_fit_finds_what_tells_classes_apart() -> None:
     assert (ngrams.predict(words, rows).argmax(axis=1) == labels).mean() < 0.8
 
 
+def test_an_ngram_of_a_single_text_gets_no_weight_unless_all_are_so_rare() -> None:
+    rows = [np.array([5, 8]), np.array([6, 8]), np.array([5, 9]), np.array([6, 7])]
+    labels = np.array([0, 1, 0, 1])
+    branch = ngrams.NGramEvidence(1, BUCKETS, 2)
+    ngrams.fit(branch, rows, labels)
+    assert branch.weight[bucket([5]), 0] > 0.1 < branch.weight[bucket([6]), 1]
+    assert not branch.weight[[bucket([9]), bucket([7])]].any()
+    ngrams.fit(branch, [np.array([5]), np.array([6])], labels[:2])
+    assert branch.weight[bucket([5]), 0] > 0.1 < branch.weight[bucket([6]), 1]
+
+
 def test_fit_takes_any_number_of_classes() -> None:
     """Also one that has no example."""
     rows = [np.array([label + 5, 20]) for label in (0, 1, 2) for _ in range(20)]

@@ -120,6 +120,17 @@ def test_averaged_weights_are_the_exponential_moving_average() -> None:
     assert torch.allclose(average.averaged.module.weight, expected, atol=1e-6)
 
 
+def test_statistics_of_normalization_are_those_of_the_end_of_the_pass() -> None:
+    model = torch.nn.BatchNorm1d(2)
+    average = WeightAverage(model, decay=0.9)
+    for _ in range(3):
+        model(torch.randn(8, 2) + 5)
+        average.on_step_end(None, None, None, model=model)
+    average.on_epoch_end(None, None, None, model=model)
+    assert average.averaged.module.running_mean.equal(model.running_mean)
+    assert (model.running_mean > 1).all()
+
+
 def test_averaged_weights_survive_saving(tmp_path: Path) -> None:
     model = torch.nn.Linear(2, 2)
     first = WeightAverage(model, 0.5)

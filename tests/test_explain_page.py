@@ -221,6 +221,7 @@ def browse(tmp_path: Path, page: str, fragment: str = "") -> tuple[str, str]:
     finished = subprocess.run(
         [
             *(BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"),
+            *("--no-first-run", "--disable-background-networking", "--disable-component-update"),
             *(f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"),
             f"{path.as_uri()}{fragment}",
         ],

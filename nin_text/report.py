@@ -185,7 +185,7 @@ def model_card(metrics: dict[str, Any]) -> str:
     table = metrics.get("ngram_table_entries")
     kind = _kind(metrics)
     notes = "".join(f"- {note}\n" for note in metrics["notes"])
-    model, dataset = (_plain(_without_folders(metrics[key])) for key in ("model", "dataset"))
+    name = " on ".join(_without_folders(metrics[key]) for key in ("model", "dataset"))
     ours = metrics["architecture"].startswith(("NiN", "Baseline"))
     mistakes = (
         f"The most confident mistakes on the validation split, with the evidence of every "
@@ -195,9 +195,9 @@ def model_card(metrics: dict[str, Any]) -> str:
         else ""
     )
     return f"""---
-{_card_data(metrics, f"{model} on {dataset}").to_yaml().rstrip()}
+{_card_data(metrics, " ".join(name.split())).to_yaml().rstrip()}
 ---
-# {model} on {dataset}
+# {_plain(name)}
 
 {"An image" if kind == "image" else "A text"} classifier with {metrics["parameters"]:,} parameters\
 {f", a table of n-gram evidence with {table:,} entries," if table else ""} and \
@@ -226,7 +226,8 @@ classify("{"picture.png" if kind == "image" else "Your text here."}")
 
 ## Training
 
-- data: {dataset} ({_source(metrics)}), {metrics["train_examples"]:,} training
+- data: {_plain(_without_folders(metrics["dataset"]))} ({_source(metrics)}), {
+        metrics["train_examples"]:,} training
   examples, fingerprint `{metrics["data_fingerprint"]}`
 - command: `{_command_without_folders(metrics["command"])}`
 - {metrics["train_seconds"]:.0f} s on {metrics["environment"]["processor"]}, \

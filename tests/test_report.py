@@ -113,6 +113,11 @@ def test_a_model_card_names_the_data_set_of_the_hub_and_no_local_folder(trained:
     data = ModelCard(report.model_card(metrics | mine)).data
     assert data.datasets == ["reviews_mine.csv"]
     assert data.model_name == "m on reviews: mine.csv"
+    known = report.model_card(
+        metrics | {"dataset": "ag_news", "data_source": "hub:fancyzhx/ag_news"}
+    )
+    assert ModelCard(known).data.model_name == f"{metrics['model']} on ag_news"
+    assert r"on ag\_news" in known.split("---")[2]
 
 
 def test_a_model_card_owns_up_to_the_most_frequent_mistake(trained: Path) -> None:

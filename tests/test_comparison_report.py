@@ -179,6 +179,19 @@ EVERY = {
     "none": comparison([]),
 }
 every = pytest.mark.parametrize("case", EVERY.values(), ids=EVERY)
+PAGES: dict[str, str] = {}
+
+
+def name_of(case: dict[str, Any]) -> str:
+    return next(name for name in EVERY if EVERY[name] is case)
+
+
+def page_of(case: dict[str, Any]) -> str:
+    """The page of one of EVERY, drawn once, which takes a second."""
+    name = name_of(case)
+    if name not in PAGES:
+        PAGES[name] = to_html(case)
+    return PAGES[name]
 
 
 class Page(HTMLParser):
@@ -226,23 +239,21 @@ def markdown_rows(document: str) -> list[list[str]]:
 
 @every
 def test_a_page_is_balanced_and_loads_nothing(case: dict[str, Any]) -> None:
-    page = Page(to_html(case))
+    page = Page(page_of(case))
     known = "html head title style body h1 h2 h3 p ul li pre div table tr th td figure figcaption"
     assert {tag for tag, _ in page.tags} <= VOID | set(known.split())
     for _, attributes in page.tags:
         for name in ("src", "href"):
             assert (attributes.get(name) or "data:").startswith("data:")
         assert not any(name.startswith("on") for name in attributes)
-    style = to_html(case).split("<style>")[1].split("</style>")[0]
+    style = page_of(case).split("<style>")[1].split("</style>")[0]
     assert "url(" not in style and "@import" not in style
 
 
 @every
 def test_plots_are_svg_and_say_their_numbers(case: dict[str, Any]) -> None:
-    images = Page(to_html(case)).images()
-    assert len(images) == {"bare": 0, "none": 0}.get(
-        next(name for name in EVERY if EVERY[name] is case), 6
-    )
+    images = Page(page_of(case)).images()
+    assert len(images) == {"bare": 0, "none": 0}.get(name_of(case), 6)
     for image in images:
         svg = base64.b64decode(str(image["src"]).removeprefix("data:image/svg+xml;base64,"))
         assert ElementTree.fromstring(svg).tag.endswith("svg")
@@ -255,14 +266,14 @@ def test_the_same_comparison_gives_the_same_documents_and_is_left_alone(
     case: dict[str, Any],
 ) -> None:
     before = copy.deepcopy(case)
-    assert to_html(case) == to_html(before)
+    assert page_of(case) == to_html(before)
     assert to_markdown(case) == to_markdown(before)
     assert case == before
 
 
 @every
 def test_both_documents_hold_the_same_tables_of_even_rows(case: dict[str, Any]) -> None:
-    from_page = Page(to_html(case)).rows
+    from_page = Page(page_of(case)).rows
     rows = [row for row in markdown_rows(to_markdown(case)) if set("".join(row)) - set("-:")]
     plain = [[html.unescape(re.sub(r"\\(.)", r"\1", cell)) for cell in row] for row in rows]
     assert plain == [[" ".join(cell.split()) for cell in row] for row in from_page]

@@ -113,10 +113,11 @@ def _compare(
         raise
     comparison = _assemble(folder, options, dataset, records, sample)
     report.write_json(folder / "comparison.json", comparison)
-    for file, text in (("md", to_markdown(comparison)), ("html", to_html(comparison))):
+    plots = to_plots(comparison)
+    for file, text in (("md", to_markdown(comparison)), ("html", to_html(comparison, plots))):
         report.write_text(folder / f"comparison.{file}", text)
     (folder / PLOTS).mkdir(exist_ok=True)
-    for plot in to_plots(comparison):
+    for plot in plots:
         report.write_text(folder / PLOTS / f"{plot.name}.svg", plot.svg.decode())
     if not options.quiet:
         print_table(comparison)

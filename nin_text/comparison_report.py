@@ -155,9 +155,8 @@ def to_plots(comparison: dict[str, Any]) -> list[Plot]:
     return plots_of(_ranked(_tidy(comparison)))
 
 
-def to_html(comparison: dict[str, Any]) -> str:
-    """The comparison as one page that needs nothing from outside itself."""
-    plots = to_plots(comparison)
+def to_html(comparison: dict[str, Any], plots: Sequence[Plot]) -> str:
+    """The comparison with its plots as one page that needs nothing from outside itself."""
     comparison = _tidy(comparison)
     sections: list[tuple[str, Sequence[Block | Plot]]] = [*_sections(comparison)]
     if plots:

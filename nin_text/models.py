@@ -216,9 +216,9 @@ def _narrowed(model: PreTrainedModel, save_dtype: str) -> dict[str, Tensor]:
     state = {}
     for name, tensor in kept.items():
         tensor = tensor.detach()
-        if tensor.is_floating_point():
-            is_table = save_dtype == "float8" and id(kept[name]) in tables
-            dtype = torch.float8_e4m3fn if is_table else narrow
+        is_table = save_dtype == "float8" and id(kept[name]) in tables
+        dtype = torch.float8_e4m3fn if is_table else narrow
+        if tensor.is_floating_point() and tensor.dtype != dtype:
             most = torch.finfo(dtype).max
             tensor = tensor.clamp(-most, most).to(dtype)
         state[name] = tensor

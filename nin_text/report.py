@@ -185,7 +185,8 @@ def model_card(metrics: dict[str, Any]) -> str:
     table = metrics.get("ngram_table_entries")
     kind = _kind(metrics)
     notes = "".join(f"- {note}\n" for note in metrics["notes"])
-    name = " on ".join(_without_folders(metrics[key]) for key in ("model", "dataset"))
+    model, dataset = (_without_folders(metrics[key]) for key in ("model", "dataset"))
+    name = f"{model} on {dataset}"
     ours = metrics["architecture"].startswith(("NiN", "Baseline"))
     mistakes = (
         f"The most confident mistakes on the validation split, with the evidence of every "
@@ -226,8 +227,7 @@ classify("{"picture.png" if kind == "image" else "Your text here."}")
 
 ## Training
 
-- data: {_plain(_without_folders(metrics["dataset"]))} ({_source(metrics)}), {
-        metrics["train_examples"]:,} training
+- data: {_plain(dataset)} ({_source(metrics)}), {metrics["train_examples"]:,} training
   examples, fingerprint `{metrics["data_fingerprint"]}`
 - command: `{_command_without_folders(metrics["command"])}`
 - {metrics["train_seconds"]:.0f} s on {metrics["environment"]["processor"]}, \

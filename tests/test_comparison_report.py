@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 import pytest
 
 from nin_text.comparison_plots import LOOKS, NONE
-from nin_text.comparison_report import print_table, to_html, to_markdown
+from nin_text.comparison_report import print_table, to_html, to_markdown, to_plots
 
 VOID = {"meta", "link", "img"}
 HOSTILE = (
@@ -182,6 +182,11 @@ every = pytest.mark.parametrize("case", EVERY.values(), ids=EVERY)
 PAGES: dict[str, str] = {}
 
 
+def drawn(case: dict[str, Any]) -> str:
+    """The page with its plots."""
+    return to_html(case, to_plots(case))
+
+
 def name_of(case: dict[str, Any]) -> str:
     return next(name for name in EVERY if EVERY[name] is case)
 
@@ -190,7 +195,7 @@ def page_of(case: dict[str, Any]) -> str:
     """The page of one of EVERY, drawn once, which takes a second."""
     name = name_of(case)
     if name not in PAGES:
-        PAGES[name] = to_html(case)
+        PAGES[name] = drawn(case)
     return PAGES[name]
 
 
@@ -266,7 +271,7 @@ def test_the_same_comparison_gives_the_same_documents_and_is_left_alone(
     case: dict[str, Any],
 ) -> None:
     before = copy.deepcopy(case)
-    assert page_of(case) == to_html(before)
+    assert page_of(case) == drawn(before)
     assert to_markdown(case) == to_markdown(before)
     assert case == before
 
@@ -383,7 +388,7 @@ def test_cited_accuracies_are_marked_and_in_no_ranking() -> None:
     assert rows[1][2:] == ["93.78", "Sun et al. 2019, table 3"]
     assert text.count("93.78") == 1
     assert "bert-base" not in "".join(headline(comparison([cited_system(), reference()])))
-    speed, *_ = Page(to_html(twelve())).images()
+    speed, *_ = Page(drawn(twelve())).images()
     assert "cited from the literature, not measured" in str(speed["alt"])
 
 
@@ -392,7 +397,7 @@ def test_missing_values_are_dashes(capsys: pytest.CaptureFixture[str]) -> None:
     case["systems"][0]["train_seconds"] = math.nan
     case["systems"][0]["parameters"] = math.inf
     print_table(case)
-    for text in (to_markdown(case), Page(to_html(case)).text, capsys.readouterr().err):
+    for text in (to_markdown(case), Page(drawn(case)).text, capsys.readouterr().err):
         assert not re.search(r"\b(None|nan|inf)\b", text)
         assert NONE in text
     assert "Its weights are not on this machine." in to_markdown(case)
@@ -400,12 +405,12 @@ def test_missing_values_are_dashes(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_learning_curve_needs_two_points_and_lengths_need_bins() -> None:
     lone = reference(curve=[{"examples": 100, "accuracy": 0.5}], by_length=[])
-    assert len(Page(to_html(comparison([lone]))).images()) == 4
-    assert len(Page(to_html(comparison([lone, system("a")]))).images()) == 6
+    assert len(Page(drawn(comparison([lone]))).images()) == 4
+    assert len(Page(drawn(comparison([lone, system("a")]))).images()) == 6
 
 
 def test_hostile_text_is_only_text() -> None:
-    text, page = to_markdown(hostile()), to_html(hostile())
+    text, page = to_markdown(hostile()), drawn(hostile())
     assert "<script" not in text.split("## Command")[0] and "<script" not in page
     assert "\x1b" not in text and "\x1b" not in page
     assert "alert('a')" in Page(page).text
@@ -451,9 +456,9 @@ def test_markup_in_a_name_is_not_read_as_markup(capsys: pytest.CaptureFixture[st
 
 def test_a_comparison_read_back_from_json_gives_the_same_page() -> None:
     case = twelve()
-    assert to_html(json.loads(json.dumps(case))) == to_html(case)
+    assert drawn(json.loads(json.dumps(case))) == drawn(case)
 
 
 def test_every_kind_looks_different_and_an_unknown_one_is_drawn() -> None:
     assert len({marker for _, marker in LOOKS.values()}) == len(LOOKS) == 7
-    assert len(Page(to_html(comparison([reference(kind="new")]))).images()) == 6
+    assert len(Page(drawn(comparison([reference(kind="new")]))).images()) == 6

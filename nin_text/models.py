@@ -151,7 +151,7 @@ def packaged(name: str) -> str:
 def _from_outside(
     name: str, names: dict[str, Any]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    folder = _local(packaged(name))
+    folder = local(packaged(name))
     if not (Path(folder) / CONFIG_FILE).is_file():
         raise UserError(f"{name} is no model folder: it holds no config.json")
     try:
@@ -237,7 +237,7 @@ def load(
     Raises:
         UserError: if it is no model, damaged, or without the layer that tells classes.
     """
-    folder = _local(folder)
+    folder = local(folder)
     model = load_classifier(folder, multi_label=multi_label)
     tokenizer = load_tokenizer(folder)
     known, highest = model.get_input_embeddings(), max(tokenizer.get_vocab().values(), default=0)
@@ -251,7 +251,7 @@ def load(
 
 def load_classifier(folder: str, *, multi_label: bool = False) -> PreTrainedModel:
     """`load` without the tokenizer."""
-    folder = _local(folder)
+    folder = local(folder)
     if not (Path(folder) / CONFIG_FILE).is_file():
         raise UserError(
             f"{folder} is no model folder: it holds no config.json; give the output folder of a "
@@ -280,7 +280,7 @@ def load_classifier(folder: str, *, multi_label: bool = False) -> PreTrainedMode
     return model.eval()
 
 
-def _local(name: str) -> str:
+def local(name: str) -> str:
     """The folder of a ready-made model, of a run, or of a download from the hub."""
     try:
         return local_folder(model_folder(name))

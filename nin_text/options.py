@@ -69,8 +69,10 @@ PRECISION_HELP = "bf16, fp32, or auto for bf16 where the processor multiplies it
 # Options that only a NiN preset can honour, and those that need a tokenizer of our choice.
 NIN_ONLY = (
     "pooling pointwise_layers word_dropout dropout class_weights label_smoothing ngrams "
-    "ngram_buckets pretrain_epochs pretrain_learning_rate self_training_epochs"
+    "ngram_buckets pretrain_epochs pretrain_learning_rate self_training_epochs init_embeddings "
+    "teacher"
 ).split()
+ENCODER_OPTIONS = "pooling pointwise_layers init_embeddings".split()
 TOKENIZER_OPTIONS = "tokenizer vocab_size lowercase".split()
 
 # Lowest and highest value that each option may have.
@@ -250,6 +252,17 @@ class TrainOptions(CommonOptions, DataOptions):
     self_training_epochs: int = option(
         "last, if there are unlabelled texts: passes over these and the training split, with the "
         "answers of the model so far in place of labels"
+    )
+    init_embeddings: str | None = option(
+        "weights from outside: start the embeddings from a file of word vectors (.txt or .vec of "
+        "GloVe, fastText, word2vec) or from what this transformer makes of each token "
+        "(default: random)",
+        metavar="FILE|MODEL",
+    )
+    teacher: str | None = option(
+        "weights from outside: also learn the probabilities that this classifier of the same "
+        "classes, a run folder or hub id, gives to labelled and unlabelled texts (default: none)",
+        metavar="MODEL",
     )
     learning_rate: float = option("peak learning rate of AdamW")
     weight_decay: float = option("weight decay of AdamW")
@@ -503,7 +516,7 @@ def saved_nin(folder: str) -> bool:
 def _check_honoured(options: TrainOptions) -> None:
     """Refuse options that a model other than a NiN preset would silently ignore."""
     refused = dict.fromkeys(
-        ("pooling", "pointwise_layers") if is_nin(options.model) else NIN_ONLY,
+        ENCODER_OPTIONS if is_nin(options.model) else NIN_ONLY,
         f"NiN presets ({', '.join(PRESET_NAMES)})",
     )
     if options.model not in NETWORK_NAMES:

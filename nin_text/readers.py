@@ -169,7 +169,7 @@ def _read(path: Path) -> Table:
         import pyarrow.parquet
 
         return pyarrow.parquet.read_table(path).to_pydict()
-    with _open_text(path) as (lines, _):
+    with open_text(path) as (lines, _):
         if suffix in JSON_SUFFIXES:
             objects = list(_json_objects(lines, path))
             names = dict.fromkeys(name for row in objects for name in row)
@@ -190,7 +190,7 @@ def _stream(
     if suffix == ".parquet":
         yield from _stream_parquet(path, pick)
         return
-    with _open_text(path) as (lines, share):
+    with open_text(path) as (lines, share):
         if suffix == ".txt":
             pick(["text"])
             # str.splitlines knows more line ends than files do.
@@ -230,7 +230,7 @@ def _stream_parquet(
 
 
 @contextmanager
-def _open_text(path: Path) -> Iterator[tuple[Iterable[str], Callable[[], float]]]:
+def open_text(path: Path) -> Iterator[tuple[Iterable[str], Callable[[], float]]]:
     """The decoded lines of a file, and what tells the share of it that has been read.
 
     UTF-8, or UTF-16 or UTF-32 if it says so in its first bytes. Line ends stay as they are; those
@@ -383,7 +383,7 @@ def read_text_files(folder: Path) -> Table:
     paths = sorted(folder.glob("*.txt"))
     texts = []
     for path in paths:
-        with _open_text(path) as (lines, _):
+        with open_text(path) as (lines, _):
             texts.append("".join(lines))
     return {"text": texts}
 

@@ -26,6 +26,7 @@ from nin_text.training import (
     shared_arguments,
     text_trainer,
 )
+from nin_text.transfer import init_embeddings
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +85,11 @@ def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dic
     )
     clock = time.perf_counter()
     with run_folder.saying_where(folder):
-        trainer, seconds, ngram_scale = _train(options, folder, device, model, tokenizer, encoded)
+        if options.init_embeddings is not None:
+            init_embeddings(model, tokenizer, options.init_embeddings, device)
+        trainer, seconds, ngram_scale = _train(
+            options, folder, device, model, tokenizer, encoded, dataset
+        )
     # Of a resumed run, the seconds before count as well.
     before = max(0.0, sum(seconds.values()) - (time.perf_counter() - clock))
     table = getattr(trainer.model, "ngrams", None)
@@ -93,6 +98,7 @@ def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dic
         "labelled_fingerprint": dataset.labelled().fingerprint(),
         "ngram_table_entries": 0 if table is None else table.weight.numel(),
         "stage_seconds": {stage: round(value, 2) for stage, value in seconds.items()},
+        "notes": dataset.notes + _notes_on_outside(options),
     }
     answers = {}
 
@@ -129,6 +135,7 @@ def _train(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     encoded: dict[str, EncodedTexts],
+    dataset: TextDataset,
 ) -> tuple[TextTrainer, dict[str, float], float]:
     """All stages of training.
 
@@ -170,7 +177,21 @@ def _train(
             seconds["pretraining"] = stages.pretrain(
                 model, labelled, unlabelled, checkpoints, options, **common
             )
-    if not options.self_training_epochs or unlabelled is None:
+    if not options.self_training_epochs:
+        unlabelled = None
+    if options.teacher is not None:
+        asked = ["train", "unsupervised"] if unlabelled else ["train"]
+        opinions, seconds["teacher"] = stages.ask_teacher(
+            options,
+            [text for split in asked for text in dataset.splits[split].texts],
+            dataset.label_names,
+            checkpoints / "teacher.safetensors",
+            device,
+        )
+        texts = stages.taught(labelled, unlabelled, opinions)
+        epochs = options.self_training_epochs if unlabelled else options.epochs
+        return train("training", epochs, texts), seconds, ngram_scale
+    if unlabelled is None:
         return train("training", options.epochs, labelled), seconds, ngram_scale
     path = checkpoints / "answers.safetensors"
     saved = stages.saved_answers(path)
@@ -183,6 +204,17 @@ def _train(
         answers, seconds["training"] = saved
     texts = stages.with_answers(labelled, unlabelled, answers)
     return train("self-training", options.self_training_epochs, texts), seconds, ngram_scale
+
+
+def _notes_on_outside(options: TrainOptions) -> list[str]:
+    """What a run took from outside, to be told wherever its figures are; local folders by name."""
+    taken = {"embeddings from": options.init_embeddings, "taught by": options.teacher}
+    parts = [
+        f"{how} {Path(what).name if Path(what).exists() else what}"
+        for how, what in taken.items()
+        if what is not None
+    ]
+    return ["weights from outside: " + ", ".join(parts)] if parts else []
 
 
 def _mistakes(

@@ -8,17 +8,21 @@ that a run that was stopped does not repeat them.
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nin_text import ngrams
+from nin_text.device import use_bf16
 from nin_text.evaluation import softmax
 from nin_text.options import TrainOptions
 from nin_text.pretraining import LongEnoughTexts, TwoViewModel, choose_targets, cut_in_two
@@ -29,6 +33,7 @@ from nin_text.training import (
     TextTrainer,
     training_arguments,
 )
+from nin_text.transfer import teacher_answers
 
 logger = logging.getLogger(__name__)
 
@@ -160,6 +165,55 @@ def with_answers(
     """The training split with certain labels, and unlabelled texts with class probabilities."""
     certain = np.eye(answers.shape[1], dtype=np.float32)[train.labels]  # (n, K)
     return EncodedTexts([*train.rows, *unlabelled.rows], np.concatenate([certain, answers]))
+
+
+def taught(
+    train: EncodedTexts, unlabelled: EncodedTexts | None, answers: np.ndarray
+) -> EncodedTexts:
+    """Texts with what a teacher says of them, halfway to the label where there is one.
+
+    Args:
+        train, unlabelled: the texts.
+        answers: (n, K) class probabilities of all of them, in this order.
+    """
+    labels = np.eye(answers.shape[1], dtype=np.float32)[train.labels]  # (n, K)
+    targets = answers.copy()
+    targets[: len(train)] = (targets[: len(train)] + labels) / 2
+    return EncodedTexts([*train.rows, *(unlabelled.rows if unlabelled else [])], targets)
+
+
+def ask_teacher(
+    options: TrainOptions,
+    texts: Sequence[str],
+    label_names: Sequence[str],
+    path: Path,
+    device: torch.device,
+) -> tuple[np.ndarray, float]:
+    """What the teacher says of the texts, (n, K), and the seconds that it took; asked once.
+
+    Args:
+        options: with the recipe filled in; `teacher` is named.
+        texts, label_names: see `teacher_answers`.
+        path: where to leave the answers for a resumed run.
+        device: where to compute.
+    """
+    saved = saved_answers(path)
+    if saved is not None:
+        return saved
+    clock = time.perf_counter()
+    assert options.teacher is not None
+    answers = teacher_answers(
+        options.teacher,
+        texts,
+        label_names,
+        device=device,
+        bf16=use_bf16(options.precision, device),
+        batch_tokens=options.batch_tokens,
+    )
+    seconds = time.perf_counter() - clock
+    if PartialState().is_main_process:
+        _save({"answers": torch.from_numpy(answers)}, path, seconds)
+    return answers, seconds
 
 
 def _save(tensors: dict[str, Tensor], path: Path, seconds: float) -> None:

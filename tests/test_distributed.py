@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -20,21 +21,40 @@ COMMON = (
 
 
 def torchrun(
-    folder: Path, *arguments: object, script: str = "train_text"
+    folder: Path, *arguments: object, script: str = "train_text", nodes: int = 1
 ) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", "2", str(ROOT / "scripts" / f"{script}.py")),
-            *map(str, arguments),
-        ],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
+    """A script in two processes, of one torchrun or, as on two machines, of one each.
+
+    Returns:
+        The first, or only, torchrun; it fails if another does.
+    """
+    place = ["--standalone", "--nproc-per-node", "2"]
+    if nodes == 2:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        place = ["--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(port)]
+    processes = [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-m", "torch.distributed.run", *place, "--node-rank", str(rank)),
+                *(str(ROOT / "scripts" / f"{script}.py"), *map(str, arguments)),
+            ],
+            cwd=folder,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
+            stderr=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
+            text=True,
+        )
+        for rank in range(nodes)
+    ]
+    try:
+        out, err = processes[0].communicate(timeout=280)
+        status = max(process.wait(timeout=60) for process in processes)
+    finally:
+        for process in processes:
+            process.kill()
+    return subprocess.CompletedProcess(processes[0].args, status, out, err)
 
 
 def test_two_processes_give_the_weights_of_one_with_the_same_batches(
@@ -60,7 +80,7 @@ def test_two_processes_give_the_weights_of_one_with_the_same_batches(
 
 
 def test_all_stages_run_in_two_processes(tmp_path: Path) -> None:
-    """With unlabelled texts, and the processes agree: the answers repeat."""
+    """With unlabelled texts, and the processes agree: the weights repeat, as on two machines."""
     data = tmp_path / "reviews"
     data.mkdir()
     rng = np.random.default_rng(0)
@@ -73,8 +93,8 @@ def test_all_stages_run_in_two_processes(tmp_path: Path) -> None:
             rows.append(json.dumps(row))
         (data / f"{split}.jsonl").write_text("\n".join(rows))
     options = ("--dataset", data, "--model", "nin-text-small", "--epochs", 1, "--batch-size", 8)
-    for name in ("first", "second"):
-        finished = torchrun(tmp_path, *options, "--output-dir", name)
+    for nodes, name in enumerate(("first", "second"), 1):
+        finished = torchrun(tmp_path, *options, "--output-dir", name, nodes=nodes)
         assert finished.returncode == 0, finished.stderr
     metrics = json.loads((tmp_path / "first" / "metrics.json").read_text())
     assert set(metrics["stage_seconds"]) == {"pretraining", "training", "self-training"}

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -180,10 +181,15 @@ def _from_outside(
         raise UserError(cannot_load(name, error)) from error
     check_weights(model, name)
     tokenizer = load_tokenizer(folder)
+    limit_length(tokenizer, config)
+    return model, tokenizer
+
+
+def limit_length(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+    """Let a tokenizer cut texts to the positions that a model has, if it does not by itself."""
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None:
         tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
-    return model, tokenizer
 
 
 @torch.no_grad()
@@ -246,6 +252,7 @@ def load(
             f"the tokenizer of {folder} has a token {highest} and the model knows "
             f"{known.num_embeddings} of them; they do not belong together"
         )
+    limit_length(tokenizer, model.config)
     return model, tokenizer
 
 

@@ -254,14 +254,13 @@ class TrainOptions(CommonOptions, DataOptions):
         "answers of the model so far in place of labels"
     )
     init_embeddings: str | None = option(
-        "weights from outside: start the embeddings from a file of word vectors (.txt or .vec of "
-        "GloVe, fastText, word2vec) or from what this transformer makes of each token "
-        "(default: random)",
+        "start the embeddings from a file of word vectors (.txt or .vec of GloVe, fastText, "
+        "word2vec), or from what this transformer makes of each token (default: random)",
         metavar="FILE|MODEL",
     )
     teacher: str | None = option(
-        "weights from outside: also learn the probabilities that this classifier of the same "
-        "classes, a run folder or hub id, gives to labelled and unlabelled texts (default: none)",
+        "also learn the probabilities that this classifier of the same classes, a run folder or "
+        "hub id, gives to labelled and unlabelled texts; in place of self-training (default: none)",
         metavar="MODEL",
     )
     learning_rate: float = option("peak learning rate of AdamW")
@@ -446,6 +445,8 @@ def check(options: CommonOptions) -> None:
             flag = "--" + name.replace("_", "-")
             limits = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
             raise UserError(f"{flag} must be {limits}, not {value:g}")
+    if isinstance(options, TrainOptions) and "" in (options.init_embeddings, options.teacher):
+        raise UserError("--init-embeddings and --teacher need a name; leave them out for neither")
     if isinstance(options, TrainOptions) and options.ngrams == 0 and options.pretrain_epochs:
         raise UserError("--pretrain-epochs predicts n-grams: it cannot go with --ngrams 0")
     if isinstance(options, PredictOptions) and options.output is None:

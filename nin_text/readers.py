@@ -66,7 +66,7 @@ def read_file(path: Path) -> Table:
     Raises:
         UserError: if the file is missing, empty, in another format or damaged.
     """
-    with _told(path, SUFFIXES):
+    with reading(path, SUFFIXES):
         table = _read(path)
     if not table or not next(iter(table.values())):
         raise UserError(f"{path} holds no rows")
@@ -129,7 +129,7 @@ def stream_texts(
         return picked
 
     empty = True
-    with _told(path, STREAMED):
+    with reading(path, STREAMED):
         for share, (text, *others) in _stream(path, pick):
             empty = False
             missing = text is None or text != text  # NaN, which alone differs from itself
@@ -144,7 +144,7 @@ def stream_texts(
 
 
 @contextmanager
-def _told(path: Path, suffixes: Sequence[str]) -> Iterator[None]:
+def reading(path: Path, suffixes: Sequence[str]) -> Iterator[None]:
     """Turn whatever goes wrong while a file is read into one sentence."""
     if not path.is_file():
         raise UserError(f"there is no file {path}")
@@ -230,11 +230,13 @@ def _stream_parquet(
 
 
 @contextmanager
-def open_text(path: Path) -> Iterator[tuple[Iterable[str], Callable[[], float]]]:
+def open_text(
+    path: Path, errors: str = "strict"
+) -> Iterator[tuple[Iterable[str], Callable[[], float]]]:
     """The decoded lines of a file, and what tells the share of it that has been read.
 
     UTF-8, or UTF-16 or UTF-32 if it says so in its first bytes. Line ends stay as they are; those
-    of JSON are line feeds alone.
+    of JSON are line feeds alone. `errors` is what to do about bytes that are no text, as of `open`.
     """
     with path.open("rb") as file, _decompressed(file, path) as stream:
         counted: Any = _Counted(stream)
@@ -245,7 +247,7 @@ def open_text(path: Path) -> Iterator[tuple[Iterable[str], Callable[[], float]]]
                 f"{path} is a binary file, not text; check that it is what its name says"
             )
         newline = "\n" if suffix_of(path) in JSON_SUFFIXES else ""
-        lines = io.TextIOWrapper(counted, encoding=encoding, newline=newline)
+        lines = io.TextIOWrapper(counted, encoding=encoding, errors=errors, newline=newline)
         size = path.stat().st_size
         try:
             yield _bounded(lines, path), lambda: min(file.tell() / size, 1.0)

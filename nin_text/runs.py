@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from nin_text import models, report, run_folder, stages
+from nin_text import models, report, run_folder, stages, transfer
 from nin_text.data import TextDataset, load_text_dataset
 from nin_text.device import keep_freed_memory, pick_device
+from nin_text.errors import UserError
 from nin_text.explain_page import mistakes_html
 from nin_text.options import TrainOptions, check, is_nin, with_recipe
 from nin_text.text import NiNTextForSequenceClassification
@@ -26,9 +28,12 @@ from nin_text.training import (
     shared_arguments,
     text_trainer,
 )
-from nin_text.transfer import init_embeddings
+from nin_text.transfer import Teacher
 
 logger = logging.getLogger(__name__)
+
+CHECKPOINTS = "checkpoints"  # folder in that of the run, of what a resumed run needs
+TEACHER_FILE, EMBEDDINGS_FILE = "teacher.safetensors", "embeddings.safetensors"
 
 
 def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dict[str, Any]:
@@ -57,8 +62,8 @@ def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dic
         return finished
     # Of several processes (torchrun), one prepares what all use, while the others wait.
     processes = PartialState(cpu=device.type == "cpu")
-    if processes.is_main_process:
-        run_folder.open_run_folder(folder, record, resume=options.resume)
+    if processes.is_main_process and options.resume:
+        run_folder.open_run_folder(folder, record, resume=True)
     processes.wait_for_everyone()
     if is_nin(options.model):
         # Whose batches have few sizes. Those of a transformer are all different: the heap would
@@ -67,6 +72,14 @@ def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dic
     set_seed(options.seed)
     with processes.main_process_first():  # it trains the tokenizer, the others find it in the cache
         model, tokenizer = models.build(options, train.texts, train.labels, dataset.label_names)
+        teacher = _take_over(options, folder, model, tokenizer, dataset.label_names, device)
+    # Not before all that is named in the options has been found: this discards an unfinished run.
+    if processes.is_main_process:
+        if not options.resume:
+            run_folder.open_run_folder(folder, record, resume=False)
+        if options.init_embeddings is not None:
+            stages.save_embeddings(model, folder / CHECKPOINTS / EMBEDDINGS_FILE)
+    processes.wait_for_everyone()
 
     def encode_split(split: str) -> EncodedTexts:
         part = dataset.splits[split]
@@ -85,10 +98,8 @@ def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dic
     )
     clock = time.perf_counter()
     with run_folder.saying_where(folder):
-        if options.init_embeddings is not None:
-            init_embeddings(model, tokenizer, options.init_embeddings, device)
         trainer, seconds, ngram_scale = _train(
-            options, folder, device, model, tokenizer, encoded, dataset
+            options, folder, device, model, tokenizer, encoded, dataset, teacher
         )
     # Of a resumed run, the seconds before count as well.
     before = max(0.0, sum(seconds.values()) - (time.perf_counter() - clock))
@@ -98,7 +109,7 @@ def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dic
         "labelled_fingerprint": dataset.labelled().fingerprint(),
         "ngram_table_entries": 0 if table is None else table.weight.numel(),
         "stage_seconds": {stage: round(value, 2) for stage, value in seconds.items()},
-        "notes": dataset.notes + _notes_on_outside(options),
+        "notes": dataset.notes + transfer.notes(options),
     }
     answers = {}
 
@@ -136,13 +147,14 @@ def _train(
     tokenizer: PreTrainedTokenizerBase,
     encoded: dict[str, EncodedTexts],
     dataset: TextDataset,
+    teacher: Teacher | None,
 ) -> tuple[TextTrainer, dict[str, float], float]:
     """All stages of training.
 
     Returns:
         The trainer of the last stage, the seconds of each, and the factor on the n-grams.
     """
-    checkpoints = folder / "checkpoints"
+    checkpoints = folder / CHECKPOINTS
     checkpoints.mkdir(parents=True, exist_ok=True)
     common = shared_arguments(options, device)
     ngram_scale = 1.0
@@ -170,6 +182,16 @@ def _train(
     if not options.unlabelled or not unlabelled:
         unlabelled = None
     seconds: dict[str, float] = {}
+    opinions = None
+    if options.teacher is not None:
+        splits = ["train", "unsupervised"] if unlabelled else ["train"]
+        opinions, seconds["teacher"] = stages.ask_teacher(
+            teacher,
+            options,
+            [text for split in splits for text in dataset.splits[split].texts],
+            checkpoints / TEACHER_FILE,
+            device,
+        )
     if options.ngrams:
         assert isinstance(model, NiNTextForSequenceClassification)
         stages.fit_ngrams(model, labelled, encoded["validation"])
@@ -177,28 +199,16 @@ def _train(
             seconds["pretraining"] = stages.pretrain(
                 model, labelled, unlabelled, checkpoints, options, **common
             )
-    if not options.self_training_epochs:
-        unlabelled = None
-    if options.teacher is not None:
-        asked = ["train", "unsupervised"] if unlabelled else ["train"]
-        opinions, seconds["teacher"] = stages.ask_teacher(
-            options,
-            [text for split in asked for text in dataset.splits[split].texts],
-            dataset.label_names,
-            checkpoints / "teacher.safetensors",
-            device,
-        )
-        texts = stages.taught(labelled, unlabelled, opinions)
-        epochs = options.self_training_epochs if unlabelled else options.epochs
-        return train("training", epochs, texts), seconds, ngram_scale
-    if unlabelled is None:
+    if opinions is not None:
+        labelled, unlabelled = stages.taught(labelled, unlabelled, opinions), None
+    if not options.self_training_epochs or unlabelled is None:
         return train("training", options.epochs, labelled), seconds, ngram_scale
     path = checkpoints / "answers.safetensors"
     saved = stages.saved_answers(path)
     if saved is None:
         start = copy.deepcopy(model.state_dict())
-        teacher = train("training", options.epochs, labelled)
-        answers = stages.label_unlabelled(teacher, unlabelled, path)
+        first = train("training", options.epochs, labelled)
+        answers = stages.label_unlabelled(first, unlabelled, path)
         model.load_state_dict(start)
     else:
         answers, seconds["training"] = saved
@@ -206,15 +216,31 @@ def _train(
     return train("self-training", options.self_training_epochs, texts), seconds, ngram_scale
 
 
-def _notes_on_outside(options: TrainOptions) -> list[str]:
-    """What a run took from outside, to be told wherever its figures are; local folders by name."""
-    taken = {"embeddings from": options.init_embeddings, "taught by": options.teacher}
-    parts = [
-        f"{how} {Path(what).name if Path(what).exists() else what}"
-        for how, what in taken.items()
-        if what is not None
-    ]
-    return ["weights from outside: " + ", ".join(parts)] if parts else []
+def _take_over(
+    options: TrainOptions,
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    label_names: Sequence[str],
+    device: torch.device,
+) -> Teacher | None:
+    """Start the embeddings from elsewhere, and find the teacher, if that is asked for.
+
+    Raises:
+        UserError: if either cannot be had. Nothing has been written or discarded then.
+    """
+    checkpoints = folder / CHECKPOINTS
+    for name in ("init_embeddings", "teacher"):
+        source = getattr(options, name)
+        if source is not None and Path(source).resolve() == folder.resolve():
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} is the folder that this run writes; give another --output-dir")
+    if options.init_embeddings is not None:
+        saved = checkpoints / EMBEDDINGS_FILE if options.resume else None
+        stages.borrow_embeddings(model, tokenizer, options.init_embeddings, saved, device)
+    if options.teacher is None or (options.resume and (checkpoints / TEACHER_FILE).is_file()):
+        return None
+    return Teacher(options.teacher, label_names)
 
 
 def _mistakes(

@@ -1,8 +1,9 @@
 """What a NiN classifier goes through beside training on labels, in this order.
 
 `fit_ngrams`, `pretrain`, training on the labels, `fuse`, `label_unlabelled` and training again on
-labelled and unlabelled texts, `fuse`; at the end `refit_ngrams`. The slow ones leave a file, so
-that a run that was stopped does not repeat them.
+labelled and unlabelled texts, `fuse`; at the end `refit_ngrams`. If asked for, `borrow_embeddings`
+comes first, and what `ask_teacher` brings is learned in place of `label_unlabelled`. The slow ones
+leave a file, so that a run that was stopped does not repeat them.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nin_text import ngrams
 from nin_text.device import use_bf16
+from nin_text.errors import UserError
 from nin_text.evaluation import softmax
 from nin_text.options import TrainOptions
 from nin_text.pretraining import LongEnoughTexts, TwoViewModel, choose_targets, cut_in_two
@@ -33,7 +36,7 @@ from nin_text.training import (
     TextTrainer,
     training_arguments,
 )
-from nin_text.transfer import teacher_answers
+from nin_text.transfer import Teacher, borrowed_embeddings
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +75,7 @@ def pretrain(
     assert model.ngrams is not None
     done = folder / "pretrained.safetensors"
     if done.is_file():
-        model.nin.load_state_dict(load_file(done))
+        model.nin.load_state_dict(_load(done))
         return _seconds(done)
     targets = choose_targets(model.ngrams, train.rows)
     texts = LongEnoughTexts([*train.rows, *(unlabelled.rows if unlabelled else [])])
@@ -156,7 +159,7 @@ def saved_answers(path: Path) -> tuple[np.ndarray, float] | None:
     """What `label_unlabelled` left: the answers, and the seconds of training before them."""
     if not path.is_file():
         return None
-    return load_file(path)["answers"].numpy(), _seconds(path)
+    return _load(path)["answers"].numpy(), _seconds(path)
 
 
 def with_answers(
@@ -165,6 +168,73 @@ def with_answers(
     """The training split with certain labels, and unlabelled texts with class probabilities."""
     certain = np.eye(answers.shape[1], dtype=np.float32)[train.labels]  # (n, K)
     return EncodedTexts([*train.rows, *unlabelled.rows], np.concatenate([certain, answers]))
+
+
+def borrow_embeddings(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    saved: Path | None,
+    device: torch.device,
+) -> None:
+    """Start the token embeddings from vectors of another origin (see `borrowed_embeddings`).
+
+    Args:
+        model: its embeddings are changed in place.
+        tokenizer: the model's.
+        source: of the vectors.
+        saved: embeddings that `save_embeddings` left, which are used instead if they are there.
+        device: where to compute.
+    """
+    embeddings = model.get_input_embeddings()
+    assert isinstance(embeddings, torch.nn.Embedding)
+    with torch.no_grad():
+        if saved is not None and saved.is_file():
+            embeddings.weight.copy_(_load(saved)["embeddings"])
+            return
+        ids, vectors = borrowed_embeddings(source, tokenizer, embeddings.embedding_dim, device)
+        embeddings.weight[torch.from_numpy(ids), : vectors.shape[1]] = torch.from_numpy(vectors)
+
+
+def save_embeddings(model: PreTrainedModel, path: Path) -> None:
+    """Leave the embeddings that training begins with, so that a resumed run needs no source."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    _save({"embeddings": weight.detach()}, path, 0.0)
+
+
+def ask_teacher(
+    teacher: Teacher | None,
+    options: TrainOptions,
+    texts: Sequence[str],
+    path: Path,
+    device: torch.device,
+) -> tuple[np.ndarray, float]:
+    """What a teacher says of texts, (n, K), and the seconds that it took.
+
+    Args:
+        teacher: may be None if its answers have been saved.
+        options: with the recipe filled in.
+        texts: those with labels, and those without.
+        path: where the answers are left, or have been.
+        device: where to compute.
+    """
+    with PartialState().main_process_first():  # which asks, and the others read the answers
+        saved = saved_answers(path)
+        if saved is not None:
+            return saved
+        assert teacher is not None
+        clock = time.perf_counter()
+        answers = teacher.answers(
+            texts,
+            device=device,
+            bf16=use_bf16(options.precision, device),
+            batch_tokens=options.batch_tokens,
+        )
+        seconds = time.perf_counter() - clock
+        _save({"answers": torch.from_numpy(answers)}, path, seconds)
+    return answers, seconds
 
 
 def taught(
@@ -182,46 +252,19 @@ def taught(
     return EncodedTexts([*train.rows, *(unlabelled.rows if unlabelled else [])], targets)
 
 
-def ask_teacher(
-    options: TrainOptions,
-    texts: Sequence[str],
-    label_names: Sequence[str],
-    path: Path,
-    device: torch.device,
-) -> tuple[np.ndarray, float]:
-    """What the teacher says of the texts, (n, K), and the seconds that it took; asked once.
-
-    Args:
-        options: with the recipe filled in; `teacher` is named.
-        texts, label_names: see `teacher_answers`.
-        path: where to leave the answers for a resumed run.
-        device: where to compute.
-    """
-    saved = saved_answers(path)
-    if saved is not None:
-        return saved
-    clock = time.perf_counter()
-    assert options.teacher is not None
-    answers = teacher_answers(
-        options.teacher,
-        texts,
-        label_names,
-        device=device,
-        bf16=use_bf16(options.precision, device),
-        batch_tokens=options.batch_tokens,
-    )
-    seconds = time.perf_counter() - clock
-    if PartialState().is_main_process:
-        _save({"answers": torch.from_numpy(answers)}, path, seconds)
-    return answers, seconds
-
-
 def _save(tensors: dict[str, Tensor], path: Path, seconds: float) -> None:
     """Write aside and rename: a file of that name is whole."""
     aside = path.with_name(f".{path.name}")
     plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(plain, aside, metadata={"seconds": repr(seconds)})
     aside.replace(path)
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged ({error}); start anew without --resume") from error
 
 
 def _seconds(path: Path) -> float:

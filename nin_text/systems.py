@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
-from nin_text import models
+from nin_text import models, transfer
 from nin_text.baselines import FastText, Fit, LinearNGrams, choose, joined, weights_of
 from nin_text.data import TextDataset
 from nin_text.device import keep_freed_memory, pick_device, use_bf16
@@ -230,9 +230,12 @@ class SavedRun(_Network):
             self.metrics = json.loads((self.folder / METRICS_FILE).read_text(encoding="utf-8"))
             named = TrainedNetwork(self.metrics["model"], options)
             command, machine = self.metrics["command"], self.metrics["environment"]
-            self.description = (
-                f"{named.description} Trained before, on {machine['device']} of "
-                f"{machine['processor']}: {command}"
+            taken = [note for note in self.metrics["notes"] if note.startswith(transfer.NOTE)]
+            self.description = " ".join(
+                [
+                    *(named.description, *(f"{note[0].upper()}{note[1:]}." for note in taken)),
+                    f"Trained before, on {machine['device']} of {machine['processor']}: {command}",
+                ]
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{spec} is not the folder of a finished run ({error})") from error

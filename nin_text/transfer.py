@@ -1,21 +1,21 @@
-"""What a classifier may take over from outside: token embeddings, and the answers of a teacher.
+"""What a classifier may take over: token embeddings, and the answers of a teacher.
 
-Both are left alone unless they are asked for; whatever a run took is named in its metrics and its
-model card, as a comparison with models trained on the same data alone would be unfair.
+Neither is taken unless asked for; what was taken is a note in the run's metrics and model card and
+in comparisons, as a model trained on the same data alone does not have it.
 
-- Embeddings (`init_embeddings`): those of a file of word vectors (GloVe, fastText, word2vec as
+- Embeddings (`borrowed_embeddings`): those of a file of word vectors (GloVe, fastText, word2vec as
   text), or what a transformer makes of each token by itself (Tulkens & van Dongen 2024, model2vec).
-- A teacher (`teacher_answers`): any sequence classifier for the same labels, whose probabilities
-  are learned beside the labels (Hinton et al. 2015, arXiv 1503.02531).
+- A teacher (`Teacher`): any classifier of the same classes, whose probabilities are learned beside
+  the labels (Hinton et al. 2015, arXiv 1503.02531).
 """
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,176 +26,249 @@ from nin_text import models
 from nin_text.errors import UserError
 from nin_text.evaluation import predict_logits, softmax
 from nin_text.model_files import check_folder, check_weights
-from nin_text.readers import open_text, suffix_of
+from nin_text.options import METRICS_FILE, TrainOptions, model_folder, trained_max_length
+from nin_text.readers import open_text, reading, suffix_of
 from nin_text.tokenization import CONTINUATION, encode, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
 VECTOR_SUFFIXES = (".txt", ".vec")
+MAX_VECTOR = 2**13  # numbers of a vector: their covariance is a square matrix
 TOKENS_AT_ONCE = 2048
-TEACHER_LENGTH = 512  # tokens of a text that a teacher reads
+FEW = 0.1  # share of the tokens with a vector below which there is a warning
+NOTE = "taken over: "  # how the note on a run begins
 
 
-def init_embeddings(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str, device: torch.device
-) -> None:
-    """Start the token embeddings of a classifier from vectors of another origin.
+def notes(options: TrainOptions) -> list[str]:
+    """What a run takes over, as a note for whoever reads its figures; local folders by name."""
+    sources = {"embeddings of": options.init_embeddings, "answers of": options.teacher}
+    taken = [f"{what} {_name(source)}" for what, source in sources.items() if source is not None]
+    for source in (options.model, options.teacher):
+        try:
+            metrics = json.loads((Path(model_folder(source or "")) / METRICS_FILE).read_text())
+            inherited = [note for note in metrics["notes"] if note.startswith(NOTE)]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue
+        taken += [f"{_name(source or '')} has {note.removeprefix(NOTE)}" for note in inherited]
+    return [NOTE + ", ".join(taken)] if taken else []
 
-    The vectors are centred and rotated to their principal components, of which the first E are
-    kept, and scaled to a mean length of 1, that of the embeddings which they replace. Tokens
-    without a vector, special ones among them, and components that the vectors do not have keep
-    their random values.
+
+def _name(source: str) -> str:
+    """A hub id as it is, and of a path the last part; on one line."""
+    is_path = Path(source).is_absolute() or source.count("/") != 1 or Path(source).exists()
+    return " ".join((Path(source).name if is_path else source).split())
+
+
+# ---- embeddings --------------------------------------------------------------------------------
+
+
+def borrowed_embeddings(
+    source: str, tokenizer: PreTrainedTokenizerBase, size: int, device: torch.device
+) -> tuple[np.ndarray, np.ndarray]:
+    """Vectors of another origin for the tokens of a vocabulary.
+
+    They are centred and rotated to their principal components, of which the first E are kept, and
+    scaled as our random embeddings are: to a mean length of 1 if there are E components, and in
+    proportion if there are fewer.
 
     Args:
-        model: whose input embeddings (V, E) are changed in place.
-        tokenizer: the model's.
         source: a file of word vectors (.txt or .vec, compressed or not), or the folder or hub id
             of a transformer.
+        tokenizer: whose tokens are looked up; special ones are not.
+        size: E.
         device: where the transformer computes.
 
+    Returns:
+        Ids of the tokens that have a vector, (n,), and (n, min(E, D)) float32.
+
     Raises:
-        UserError: if it is neither, or has a vector for hardly any token.
+        UserError: if the source is neither, is damaged, or has a vector for hardly any token.
     """
     special = set(tokenizer.all_special_tokens)
     ids = {t: i for t, i in sorted(tokenizer.get_vocab().items()) if t not in special}
-    if Path(source).is_file():
-        found, vectors = _read_vectors(Path(source), list(ids))
+    if Path(source).is_file() or suffix_of(Path(source)) in VECTOR_SUFFIXES:
+        with reading(Path(source), VECTOR_SUFFIXES):
+            found = _read_vectors(Path(source), set(ids))
     else:
-        found, vectors = _encode_alone(source, list(ids), device)
+        found = _encode_alone(source, list(ids), device)
+    share = f"{len(found):,} of the {len(ids):,} tokens of the vocabulary have a vector in {source}"
     if len(found) < 2:
         raise UserError(
-            f"{source} has vectors for {len(found)} of the {len(ids):,} tokens of this vocabulary; "
-            f"check that it is of the same language and case"
+            f"{share}; check that it is of the same language and case, and of a word and its "
+            f"numbers, with spaces between, on each line if it is a file"
         )
-    embeddings: Any = model.get_input_embeddings()
-    reduced = torch.from_numpy(_principal(vectors, embeddings.embedding_dim))
-    rows = torch.tensor([ids[token] for token in found])
-    with torch.no_grad():
-        embeddings.weight[rows, : reduced.shape[1]] = reduced
-    logger.info("embeddings of %s of %s tokens from %s", f"{len(found):,}", f"{len(ids):,}", source)
+    log = logger.warning if len(found) < FEW * len(ids) else logger.info
+    log("%s", share)
+    vectors = np.stack([*found.values()])  # (n, D)
+    if not np.ptp(vectors, axis=0).any():
+        raise UserError(f"all tokens have the same vector in {source}; it tells nothing of them")
+    return np.array([ids[token] for token in found]), _principal(vectors, size)
 
 
 def _principal(vectors: np.ndarray, size: int) -> np.ndarray:
-    """(n, D) to the first `size` principal components (n, min(size, D)), of mean length 1."""
-    centred = vectors - vectors.mean(axis=0)
-    _, directions = np.linalg.eigh(centred.T @ centred)  # by rising variance
-    reduced = centred @ directions[:, ::-1][:, :size]
-    return (reduced / max(float(np.linalg.norm(reduced, axis=1).mean()), 1e-12)).astype(np.float32)
+    """(n, D) to the first principal components (n, min(size, D)), of the scale of embeddings."""
+    vectors = vectors.astype(np.float64)
+    vectors /= np.abs(vectors).max()
+    vectors -= vectors.mean(axis=0)
+    _, directions = np.linalg.eigh(vectors.T @ vectors)  # by rising variance
+    reduced = vectors @ directions[:, ::-1][:, :size]
+    length = np.sqrt(reduced.shape[1] / size)
+    return (reduced * (length / np.linalg.norm(reduced, axis=1).mean())).astype(np.float32)
 
 
-def _read_vectors(path: Path, tokens: Sequence[str]) -> tuple[list[str], np.ndarray]:
-    """The lines of a file of word vectors that belong to tokens: these, and (n, D) float32.
+def _read_vectors(path: Path, wanted: set[str]) -> dict[str, np.ndarray]:
+    """The vector (D,) float32 of each wanted word that the file has; the first if it has several.
 
     Raises:
-        UserError: if a line is not a word and as many finite numbers as the first has.
+        UserError: if the line of a wanted word has fewer numbers than D, or others than numbers.
     """
-    if suffix_of(path) not in VECTOR_SUFFIXES:
-        raise UserError(
-            f"{path} is no file of word vectors ({' or '.join(VECTOR_SUFFIXES)}, a word and its "
-            f"numbers on each line)"
-        )
-    wanted, found, size = set(tokens), {}, 0
-    with open_text(path) as (lines, _):
+    found: dict[str, np.ndarray] = {}
+    size = 0  # D, of the header or of the first line
+    logger.info("reading word vectors from %s", path)
+    with open_text(path, errors="replace") as (lines, _):
         for number, line in enumerate(lines, 1):
-            word, _, rest = line.rstrip().partition(" ")
-            size = size or len(rest.split(" "))
-            if number == 1 and size == 1:  # of fastText and word2vec: how many, of what size
-                size = 0
+            if not line.strip():
                 continue
+            word, *rest = line.split(None, 1)
+            numbers = rest[0] if rest else ""
+            if not size:
+                is_header = word.isdecimal() and numbers.strip().isdecimal()  # words, D
+                size = int(numbers) if is_header else len(numbers.split())
+                if not 1 <= size <= MAX_VECTOR:
+                    raise UserError(
+                        f"{path} begins with a line of {size:,} numbers after the word; there "
+                        f"must be 1 to {MAX_VECTOR:,}, with spaces between"
+                    )
+                if is_header:
+                    continue
             if word not in wanted or word in found:
                 continue
-            numbers = rest.split(" ")
-            if len(numbers) > size:  # a word that holds spaces
+            values = numbers.split()
+            if len(values) > size:  # a word that holds spaces
                 continue
             try:
-                found[word] = np.array(numbers, dtype=np.float32)
+                found[word] = np.array(values, dtype=np.float32)
             except ValueError:
-                found[word] = np.zeros(0, np.float32)
-            if len(found[word]) != size or not np.isfinite(found[word]).all():
+                values = []
+            if len(values) != size or not np.isfinite(found[word]).all():
                 raise UserError(
                     f"{path}, line {number}: not a word and {size} finite numbers; check that the "
                     f"file is whole"
                 )
-    return list(found), np.stack([*found.values()]) if found else np.zeros((0, 1), np.float32)
+    return found
 
 
 def _encode_alone(
     source: str, tokens: Sequence[str], device: torch.device
-) -> tuple[list[str], np.ndarray]:
-    """Each token read alone by a transformer: mean of its last hidden states, (n, D) float32."""
+) -> dict[str, np.ndarray]:
+    """Mean of the last hidden states (D,) of each token, read alone by a transformer.
+
+    Tokens that it does not know, either, are left out.
+    """
     encoder, tokenizer = _load_encoder(source)
-    encoder.to(device).eval()  # type: ignore[arg-type]
+    try:
+        return _hidden_states(encoder.to(device).eval(), tokenizer, tokens, device)  # type: ignore[arg-type]
+    except Exception as error:
+        raise UserError(_no_embeddings(source, error)) from error
+
+
+def _hidden_states(
+    encoder: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: Sequence[str],
+    device: torch.device,
+) -> dict[str, np.ndarray]:
+    texts = [token.removeprefix(CONTINUATION) for token in tokens]
+    encoded = tokenizer(texts, truncation=True, return_special_tokens_mask=True)
     by_length: defaultdict[int, list[tuple[str, list[int]]]] = defaultdict(list)
-    for token in tokens:
-        if ids := tokenizer.encode(token.removeprefix(CONTINUATION)):
+    for token, ids, special in zip(
+        tokens, encoded["input_ids"], encoded["special_tokens_mask"], strict=True
+    ):
+        own = [i for i, added in zip(ids, special, strict=True) if not added]
+        if own and set(own) != {tokenizer.unk_token_id}:
             by_length[len(ids)].append((token, ids))
-    found: list[str] = []
-    vectors = []
-    bar = tqdm(total=len(tokens), desc="embeddings", unit="tokens", leave=False, disable=None)
+    found: dict[str, np.ndarray] = {}
+    total = sum(map(len, by_length.values()))
+    bar = tqdm(total=total, desc="embeddings", unit="tokens", leave=False, disable=None)
     with torch.inference_mode(), bar:
         for length, items in by_length.items():
             step = max(1, TOKENS_AT_ONCE // length)
             for start in range(0, len(items), step):
-                part = items[start : start + step]
-                ids_of_part = torch.tensor([ids for _, ids in part], device=device)  # (n, T)
-                hidden = encoder(input_ids=ids_of_part).last_hidden_state  # (n, T, D)
-                vectors.append(hidden.float().mean(dim=1).cpu().numpy())
-                found += [token for token, _ in part]
-                bar.update(len(part))
-    return found, np.concatenate(vectors) if vectors else np.zeros((0, 1), np.float32)
+                names, rows = zip(*items[start : start + step], strict=True)
+                input_ids = torch.tensor(rows, device=device)  # (n, T)
+                hidden = encoder(input_ids=input_ids).last_hidden_state  # (n, T, D)
+                found |= zip(names, hidden.float().mean(dim=1).cpu().numpy(), strict=True)
+                bar.update(len(names))
+    return found
 
 
 def _load_encoder(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    folder = models.local(models.packaged(source))
     try:
+        folder = models.local(models.packaged(source))
         check_folder(Path(folder))
         encoder = AutoModel.from_pretrained(folder, use_safetensors=True, trust_remote_code=False)
-    except UserError:
-        raise
     except Exception as error:
-        raise UserError(
-            f"no embeddings could be had from {source!r} "
-            f"({' '.join(str(error).split())[:200] or type(error).__name__}); give a file of word "
-            f"vectors, or the folder or hub id of a transformer"
-        ) from error
+        raise UserError(_no_embeddings(source, error)) from error
     check_weights(encoder, source)
-    return encoder, load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
+    models.limit_length(tokenizer, encoder.config)
+    if encoder.config.is_encoder_decoder:
+        encoder = encoder.get_encoder()
+    return encoder, tokenizer
 
 
-def teacher_answers(
-    teacher: str,
-    texts: Sequence[str],
-    names: Sequence[str],
-    *,
-    device: torch.device,
-    bf16: bool,
-    batch_tokens: int,
-) -> np.ndarray:
-    """Class probabilities (n, K) float32 of texts by a trained classifier.
+def _no_embeddings(source: str, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return (
+        f"no embeddings could be had from {source!r} ({reason}); give a file of word vectors "
+        f"({' or '.join(VECTOR_SUFFIXES)}), or the folder or hub id of a transformer"
+    )
+
+
+# ---- a teacher ---------------------------------------------------------------------------------
+
+
+class Teacher:
+    """A trained classifier that is asked about texts.
 
     Args:
-        teacher: ready-made model, run folder, or hub id.
-        texts: what it is asked.
-        names: the K class names, in the order wanted; the teacher must have the same ones.
-        device, bf16, batch_tokens: of the teacher's computation.
+        name: ready-made model, run folder, or hub id.
+        label_names: the K class names in the order wanted; the teacher must have the same ones,
+            though perhaps in upper or lower case.
 
     Raises:
         UserError: if it is no classifier, or tells other classes.
     """
-    model, tokenizer = models.load(models.packaged(teacher))
-    its = models.label_names(model)
-    if sorted(its) != sorted(names):
-        raise UserError(
-            f"the teacher {teacher} tells {', '.join(its[:8])}, not {', '.join(names[:8])}; train "
-            f"it on the same data set"
+
+    def __init__(self, name: str, label_names: Sequence[str]) -> None:
+        self.model, self.tokenizer = models.load(models.packaged(name))
+        self.max_length = trained_max_length(name)
+        its, ours = models.label_names(self.model), list(label_names)
+        folded = [label.casefold() for label in its], [label.casefold() for label in ours]
+        if set(its) != set(ours) and len(set(folded[1])) == len(ours):
+            its, ours = folded
+        if sorted(its) != sorted(ours):
+            raise UserError(
+                f"the teacher {name} tells the classes {', '.join(its[:8])}, not "
+                f"{', '.join(label_names[:8])}; give one that has been trained on this data set"
+            )
+        self.order = [its.index(label) for label in ours]
+
+    def answers(
+        self, texts: Sequence[str], *, device: torch.device, bf16: bool, batch_tokens: int
+    ) -> np.ndarray:
+        """Class probabilities (n, K) float32 of texts.
+
+        Args:
+            texts: read as long as the teacher's training texts were.
+            device, bf16, batch_tokens: of the computation.
+        """
+        logits = predict_logits(
+            self.model.to(device),  # type: ignore[arg-type]
+            encode(self.tokenizer, texts, self.max_length, progress="encoding for the teacher"),
+            pad_token_id=self.tokenizer.pad_token_id or 0,
+            batch_tokens=batch_tokens,
+            autocast=torch.bfloat16 if bf16 else None,
+            progress="asking the teacher",
         )
-    model.to(device)  # type: ignore[arg-type]
-    logits = predict_logits(
-        model,
-        encode(tokenizer, texts, TEACHER_LENGTH, progress="encoding for the teacher"),
-        pad_token_id=tokenizer.pad_token_id or 0,
-        batch_tokens=batch_tokens,
-        autocast=torch.bfloat16 if bf16 else None,
-        progress="asking the teacher",
-    )
-    return softmax(logits)[:, [its.index(name) for name in names]].astype(np.float32)
+        return softmax(logits)[:, self.order].astype(np.float32)

@@ -12,6 +12,8 @@ EXAMPLES = """\
   python scripts/train_text.py --dataset imdb               # seven minutes on two cores
   python scripts/train_text.py --dataset my.csv --text-column body --label-column topic
   python scripts/train_text.py --dataset trec --model distilbert-base-uncased
+  python scripts/train_text.py --dataset sst2 --init-embeddings glove.6B.300d.txt
+  python scripts/train_text.py --dataset sst2 --teacher runs/sst2-distilbert-base-uncased-seed0
 """
 
 

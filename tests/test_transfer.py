@@ -10,13 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    PreTrainedTokenizerFast,
+)
 
 from nin_text import NiNTextConfig, NiNTextForSequenceClassification, load, models, stages, transfer
 from nin_text.errors import UserError
 from nin_text.evaluation import predict_logits, softmax
-from nin_text.options import TrainOptions
+from nin_text.options import CompareOptions, TrainOptions
 from nin_text.runs import train_text
+from nin_text.systems import SavedRun
 from nin_text.tokenization import encode, train_tokenizer
 from nin_text.training import EncodedTexts
 
@@ -61,6 +67,14 @@ def write_vectors(path: Path, words: list[str], vectors: np.ndarray, header: boo
     return str(path)
 
 
+def borrow(fresh, source: object) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings before and after."""
+    model, tokenizer = fresh
+    before = embeddings(model)
+    stages.borrow_embeddings(model, tokenizer, str(source), None, CPU)
+    return before, embeddings(model)
+
+
 # ---- embeddings --------------------------------------------------------------------------------
 
 
@@ -71,33 +85,45 @@ def test_words_of_a_file_lie_to_each_other_as_their_vectors_do(
     tmp_path: Path, fresh, name: str, header: bool
 ) -> None:
     """Fewer components than the embeddings have, so that nothing is lost; the rest stays random."""
-    model, tokenizer = fresh
-    before = embeddings(model)
-    words = [*WORDS[:6], "unheard", ". . ."]  # the last as in GloVe's files
-    vectors = vectors_of(words)
-    transfer.init_embeddings(
-        model, tokenizer, write_vectors(tmp_path / name, words, vectors, header), CPU
-    )
-    after = embeddings(model)
-    ids = tokenizer.convert_tokens_to_ids(WORDS[:6])
+    words = [". . .", *WORDS[:6], "unheard"] if header else [*WORDS[:6], "unheard", ". . ."]
+    vectors = vectors_of(words)  # ". . ." as in GloVe's files
+    before, after = borrow(fresh, write_vectors(tmp_path / name, words, vectors, header))
+    ids = fresh[1].convert_tokens_to_ids(WORDS[:6])
+    own = vectors[[words.index(word) for word in WORDS[:6]]]
     np.testing.assert_allclose(
-        distances(after[ids, :5].numpy()), distances(vectors[:6]), rtol=1e-4, atol=1e-5
+        distances(after[ids, :5].numpy()), distances(own), rtol=1e-4, atol=1e-5
     )
-    assert after[ids, :5].norm(dim=1).mean() == pytest.approx(1, abs=1e-4)
+    # With the random rest, tokens that have a vector are about as long as those that have none.
+    expected = (5 / before.shape[1]) ** 0.5
+    assert after[ids, :5].norm(dim=1).mean() == pytest.approx(expected, rel=1e-4)
     after[ids, :5] = before[ids, :5]
     assert after.equal(before)
 
 
-def test_of_long_vectors_the_components_that_vary_most_are_kept(tmp_path: Path, fresh) -> None:
-    model, tokenizer = fresh
-    size = model.config.embedding_size
+@pytest.mark.parametrize("scale", [1.0, 1e30])
+def test_of_long_vectors_the_components_that_vary_most_are_kept(
+    tmp_path: Path, fresh, scale: float
+) -> None:
+    size = fresh[0].config.embedding_size
     rng = np.random.default_rng(1)
     wide = vectors_of(WORDS, 4) @ np.linalg.qr(rng.normal(size=(size + 40, 4)))[0].T + 3.0
-    path = write_vectors(tmp_path / "v.txt", WORDS, wide.astype(np.float32))
-    transfer.init_embeddings(model, tokenizer, path, CPU)
-    ids = tokenizer.convert_tokens_to_ids(WORDS)
-    after = embeddings(model)[ids].numpy()
-    np.testing.assert_allclose(distances(after), distances(wide), rtol=1e-3, atol=1e-4)
+    wide = (wide * scale).astype(np.float32)
+    _, after = borrow(fresh, write_vectors(tmp_path / "v.txt", WORDS, wide))
+    own = after[fresh[1].convert_tokens_to_ids(WORDS)]
+    np.testing.assert_allclose(
+        distances(own.numpy()), distances(wide.astype(np.float64)), rtol=1e-3, atol=1e-4
+    )
+    assert own.norm(dim=1).mean() == pytest.approx(1, rel=1e-4)
+
+
+def test_of_a_file_only_what_is_wanted_need_be_text(tmp_path: Path, fresh) -> None:
+    """Real files hold words of broken bytes, blank lines, and words twice: the first counts."""
+    lines = [b"\x80\x81 1 2", b"", b"film 1 2", b"plot\t3  5 \r", b"film 9 9", b"odd x y", b"a 0 1"]
+    (tmp_path / "odd.txt").write_bytes(b"\n".join(lines))
+    _, odd = borrow(fresh, tmp_path / "odd.txt")
+    (tmp_path / "v.txt").write_bytes(b"film 1 2\nplot 3 5\na 0 1\n")
+    _, plain = borrow(fresh, tmp_path / "v.txt")
+    assert odd.equal(plain)
 
 
 @pytest.mark.parametrize(
@@ -106,35 +132,48 @@ def test_of_long_vectors_the_components_that_vary_most_are_kept(tmp_path: Path, 
         ("film 1 2 3\nplot 1 2\n", "line 2: not a word and 3 finite"),
         ("film 1 2 3\nplot 1 2 x\n", "line 2: not a word and 3"),
         ("film 1 2 3\nplot 1 2 nan\n", "line 2: not a word and 3"),
-        ("film 1 2 3\n", r"vectors for 1 of the 10 tokens"),
-        ("", r"vectors for 0 of the 10 tokens"),
-        ("FILM 1 2\nPLOT 3 4\n", "same language and case"),
+        ("film 1 2 3\n", r"1 of the 10 tokens of the vocabulary have a vector"),
+        ("FILM 1 2\nPLOT 3 4\n", "0 of the 10 tokens .* same language and case"),
+        ("film,1,2\nplot,3,4\n", "0 numbers after the word; .* with spaces between"),
+        ("film" + " 1" * 9000 + "\n", "9,000 numbers after the word"),
+        ("film 1 2\nplot 1 2\n", "all tokens have the same vector"),
+        ("", "is empty"),
         ("\0\1\2 film\n", "binary file"),
     ],
 )
 def test_a_file_that_holds_no_vectors_is_refused(
     tmp_path: Path, fresh, text: str, message: str
 ) -> None:
-    model, tokenizer = fresh
     (tmp_path / "v.txt").write_text(text)
-    before = embeddings(model)
+    before = embeddings(fresh[0])
     with pytest.raises(UserError, match=message) as caught:
-        transfer.init_embeddings(model, tokenizer, str(tmp_path / "v.txt"), CPU)
+        borrow(fresh, tmp_path / "v.txt")
     assert "\n" not in str(caught.value)
-    assert embeddings(model).equal(before)
+    assert embeddings(fresh[0]).equal(before)
 
 
-def test_a_file_of_another_kind_is_refused(tmp_path: Path, fresh) -> None:
-    model, tokenizer = fresh
+def test_what_is_no_source_of_embeddings_is_refused(tmp_path: Path, fresh) -> None:
     (tmp_path / "v.bin").write_bytes(b"\x80\x04")
-    with pytest.raises(UserError, match=r"no file of word vectors \(\.txt or \.vec"):
-        transfer.init_embeddings(model, tokenizer, str(tmp_path / "v.bin"), CPU)
+    (tmp_path / "v.vec.gz").write_bytes(gzip.compress(b"film 1 2\n" * 1000)[:-20])
+    (tmp_path / "empty").mkdir()
+    for source, message in (
+        (tmp_path / "v.bin", r"not one of \.txt, \.vec"),
+        (tmp_path / "v.vec.gz", "could not be read as VEC"),
+        (tmp_path / "none.txt", "there is no file"),
+        (tmp_path / "empty", "no embeddings could be had .* a file of word vectors"),
+        ("nobody/nothing", "no embeddings could be had"),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            borrow(fresh, source)
+        assert "\n" not in str(caught.value)
 
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bert")
-    train_tokenizer(["good bad film plots"] * 2, vocab_size=100).save_pretrained(folder)
+    """A transformer that knows some of our words whole, some in pieces, and others not at all."""
+    folder = tmp_path_factory.mktemp("parent") / "bert"
+    words = ["good bad film plots was the and"] * 2
+    train_tokenizer(words, vocab_size=100).save_pretrained(folder)
     torch.manual_seed(3)
     BertModel(
         BertConfig(
@@ -150,49 +189,59 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_transformer_reads_each_token_alone(fresh, bert: Path) -> None:
-    model, tokenizer = fresh
-    transfer.init_embeddings(model, tokenizer, str(bert), CPU)
+    """What it does not know either keeps its random vector."""
     encoder = BertModel.from_pretrained(bert).eval()
     its = PreTrainedTokenizerFast.from_pretrained(bert)
+    known = [word for word in WORDS if its.unk_token_id not in its.encode(word)]
+    assert 5 <= len(known) < len(WORDS)
+    before, after = borrow(fresh, bert)
     with torch.no_grad():
         expected = torch.cat(
-            [encoder(torch.tensor([its.encode(w)])).last_hidden_state.mean(dim=1) for w in WORDS]
+            [encoder(torch.tensor([its.encode(w)])).last_hidden_state.mean(dim=1) for w in known]
         ).numpy()
-    ids = tokenizer.convert_tokens_to_ids(WORDS)
-    found = embeddings(model)[ids, :16].numpy()
-    np.testing.assert_allclose(distances(found), distances(expected), rtol=1e-3, atol=1e-4)
-
-
-def test_what_is_no_transformer_is_refused(tmp_path: Path, fresh) -> None:
-    model, tokenizer = fresh
-    for source in (str(tmp_path), "nobody/nothing"):
-        with pytest.raises(UserError) as caught:
-            transfer.init_embeddings(model, tokenizer, source, CPU)
-        assert "\n" not in str(caught.value)
+    ids = fresh[1].convert_tokens_to_ids(known)
+    np.testing.assert_allclose(
+        distances(after[ids, :16].numpy()), distances(expected), rtol=1e-3, atol=1e-4
+    )
+    after[ids] = before[ids]
+    assert after.equal(before)
 
 
 # ---- a teacher ---------------------------------------------------------------------------------
 
 
 def ask(teacher: Path, texts: list[str], names: list[str]) -> np.ndarray:
-    return transfer.teacher_answers(
-        str(teacher), texts, names, device=CPU, bf16=False, batch_tokens=4096
-    )
+    answers = transfer.Teacher(str(teacher), names).answers
+    return answers(texts, device=CPU, bf16=False, batch_tokens=4096)
 
 
 def test_a_teacher_answers_in_the_order_of_the_classes(trained: Path) -> None:
-    texts = ["A dull plot.", "Witty and moving.", "so so"]
+    """And by their names in any case, as many models on the hub have them."""
+    texts = ["A dull plot.", "Witty and moving.", "so so", "dull " * 2000]
     model, tokenizer = load(str(trained))
     rows = encode(tokenizer, texts)
-    expected = softmax(predict_logits(model, rows, pad_token_id=tokenizer.pad_token_id))
+    expected = softmax(predict_logits(model, rows, pad_token_id=tokenizer.pad_token_id or 0))
     names = models.label_names(model)
-    np.testing.assert_allclose(ask(trained, texts, names), expected, atol=1e-6)
-    np.testing.assert_allclose(ask(trained, texts, names[::-1]), expected[:, ::-1], atol=1e-6)
+    for order, columns in (
+        (names, [0, 1]),
+        (names[::-1], [1, 0]),
+        (["POSITIVE", "Negative"], [1, 0]),
+    ):
+        np.testing.assert_allclose(ask(trained, texts, order), expected[:, columns], atol=1e-6)
 
 
 def test_a_teacher_of_other_classes_is_refused(trained: Path) -> None:
-    with pytest.raises(UserError, match=r"tells negative, positive, not bad, good"):
-        ask(trained, ["x"], ["bad", "good"])
+    for names in (["bad", "good"], ["negative", "positive", "neutral"]):
+        with pytest.raises(UserError, match=r"tells the classes negative, positive, not"):
+            ask(trained, ["x"], names)
+
+
+def test_a_transformer_reads_no_more_than_it_has_places_for(bert: Path, tmp_path: Path) -> None:
+    config = BertConfig.from_pretrained(bert, id2label={0: "bad", 1: "good"})
+    BertForSequenceClassification(config).save_pretrained(tmp_path)
+    PreTrainedTokenizerFast.from_pretrained(bert).save_pretrained(tmp_path)
+    answers = ask(tmp_path, ["good film " * 50], ["bad", "good"])
+    np.testing.assert_allclose(answers.sum(axis=1), 1, atol=1e-6)
 
 
 def test_what_is_taught_lies_halfway_between_teacher_and_label() -> None:
@@ -208,16 +257,16 @@ def test_what_is_taught_lies_halfway_between_teacher_and_label() -> None:
 # ---- runs --------------------------------------------------------------------------------------
 
 
-def test_a_run_says_what_it_took_from_outside(tmp_path: Path, trained: Path, bert: Path) -> None:
+def test_a_run_says_what_it_took_over(tmp_path: Path, trained: Path, bert: Path) -> None:
+    """By the names of folders without their places; so does a run that goes on from it."""
     plain = train_text(TrainOptions(**QUICK, output_dir=tmp_path / "plain"))
-    assert "outside" not in str(plain["notes"])
-    note = "weights from outside: embeddings from bert, taught by teacher"
-    shutil.copytree(bert, tmp_path / "bert")
+    assert transfer.NOTE not in str(plain["notes"])
+    note = "taken over: embeddings of bert, answers of teacher"
     shutil.copytree(trained, tmp_path / "teacher")
     options = TrainOptions(
         **QUICK,
         output_dir=tmp_path / "run",
-        init_embeddings=str(tmp_path / "bert"),
+        init_embeddings=str(bert),
         teacher=str(tmp_path / "teacher"),
     )
     summary = train_text(options)
@@ -231,31 +280,97 @@ def test_a_run_says_what_it_took_from_outside(tmp_path: Path, trained: Path, ber
     options.output_dir = tmp_path / "again"
     train_text(options)
     assert weights == (tmp_path / "again" / "model.safetensors").read_bytes()
+    further = TrainOptions(
+        **{**QUICK, "model": str(tmp_path / "run")}, output_dir=tmp_path / "further"
+    )
+    assert train_text(further)["notes"][-1] == (
+        "taken over: run has embeddings of bert, answers of teacher"
+    )
+    system = SavedRun(str(tmp_path / "run"), CompareOptions())
+    assert "Taken over: embeddings of bert, answers of teacher." in system.description
 
 
-def test_a_resumed_run_does_not_ask_the_teacher_again(
+def stop(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_resumed_run_needs_neither_source_again(
+    tmp_path: Path, trained: Path, bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = []
+    for name in ("whole", "stopped"):
+        shutil.copytree(trained, tmp_path / "teacher")
+        shutil.copytree(bert, tmp_path / "bert")
+        options = TrainOptions(
+            **QUICK,
+            output_dir=tmp_path / name,
+            init_embeddings=str(tmp_path / "bert"),
+            teacher=str(tmp_path / "teacher"),
+        )
+        if name == "stopped":
+            with monkeypatch.context() as patch:
+                patch.setattr(stages, "taught", stop)
+                with pytest.raises(KeyboardInterrupt):
+                    train_text(options)
+        else:
+            train_text(options)
+        shutil.rmtree(tmp_path / "teacher")
+        shutil.rmtree(tmp_path / "bert")
+        if name == "stopped":
+            options.resume = True
+            train_text(options)
+        weights.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        {"teacher": "nobody/nothing"},
+        {"init_embeddings": "none.vec"},
+        {"tokenizer": "nobody/nothing"},
+        {"teacher": ""},
+    ],
+)
+def test_a_mistake_leaves_an_unfinished_run_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mistake: dict[str, str]
+) -> None:
+    options = {**QUICK, "output_dir": tmp_path / "run"}
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "fuse", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train_text(TrainOptions(**options))
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert any("checkpoints" in str(path) for path in files)
+    with pytest.raises(UserError):
+        train_text(TrainOptions(**options, **mistake))
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert {p: b for p, b in after.items() if "tokenizers" not in p.parts} == {
+        p: b for p, b in files.items() if "tokenizers" not in p.parts
+    }
+
+
+def test_a_run_does_not_write_over_its_own_teacher(tmp_path: Path, trained: Path) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    with pytest.raises(UserError, match=r"--teacher is the folder that this run writes"):
+        train_text(
+            TrainOptions(**QUICK, output_dir=tmp_path / "run", teacher=str(tmp_path / "run" / "."))
+        )
+
+
+def test_damaged_answers_are_a_sentence(
     tmp_path: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = TrainOptions(**QUICK, output_dir=tmp_path / "whole", teacher=str(trained))
-    train_text(options)
-    options.output_dir = tmp_path / "stopped"
-
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
+    options = TrainOptions(**QUICK, output_dir=tmp_path / "run", teacher=str(trained))
     with monkeypatch.context() as patch:
         patch.setattr(stages, "taught", stop)
         with pytest.raises(KeyboardInterrupt):
             train_text(options)
-
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("asked again")
-
-    monkeypatch.setattr(stages, "teacher_answers", refuse)
+    file = tmp_path / "run" / "checkpoints" / "teacher.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
     options.resume = True
-    train_text(options)
-    weights = [(tmp_path / n / "model.safetensors").read_bytes() for n in ("whole", "stopped")]
-    assert weights[0] == weights[1]
+    with pytest.raises(UserError, match=r"teacher\.safetensors is damaged .* without --resume"):
+        train_text(options)
 
 
 def test_a_saved_encoder_keeps_its_embeddings(trained: Path, tmp_path: Path) -> None:

@@ -31,6 +31,20 @@ def real_data(monkeypatch: pytest.MonkeyPatch) -> Path:
     return Path(folder).resolve()
 
 
+def tiny_bert(vocab_size: int) -> Any:
+    """The configuration of a transformer of 16 positions that trains within a test."""
+    from transformers import BertConfig
+
+    return BertConfig(
+        vocab_size=vocab_size,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=16,
+    )
+
+
 class Finished:
     """A script that has come to its end."""
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification
+from conftest import tiny_bert
+from transformers import BertForSequenceClassification
 
 from nin_text import NiNTextConfig, NiNTextForSequenceClassification, NiNTextModel, models
 from nin_text.errors import UserError
@@ -46,16 +47,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bert")
     tokenizer = train_tokenizer(TEXTS, kind="word", vocab_size=100)
     tokenizer.model_max_length = 16
-    BertForSequenceClassification(
-        BertConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=16,
-            max_position_embeddings=16,
-        )
-    ).save_pretrained(folder)
+    BertForSequenceClassification(tiny_bert(len(tokenizer))).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

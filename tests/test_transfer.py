@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_bert
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -175,16 +176,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = ["good bad film plots was the and"] * 2
     train_tokenizer(words, vocab_size=100).save_pretrained(folder)
     torch.manual_seed(3)
-    BertModel(
-        BertConfig(
-            vocab_size=100,
-            hidden_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=16,
-            max_position_embeddings=16,
-        )
-    ).save_pretrained(folder)
+    BertModel(tiny_bert(100)).save_pretrained(folder)
     return folder
 
 

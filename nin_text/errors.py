@@ -1,4 +1,4 @@
-"""The one exception whose message is meant for the user."""
+"""The one exception whose message is meant for the user, and how it quotes others."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,8 @@ class UserError(ValueError):
 
     Scripts print the message and exit with status 2; no traceback is shown.
     """
+
+
+def in_one_line(error: Exception, most: int = 200) -> str:
+    """What an exception says, up to so many characters; its type if it says nothing."""
+    return " ".join(str(error).split())[:most] or type(error).__name__

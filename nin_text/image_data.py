@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from nin_text.data import load_from_disk, load_from_hub, local_path, places_of
-from nin_text.errors import UserError
+from nin_text.errors import UserError, in_one_line
 from nin_text.image_files import Files, Found, Splits, files_of, read_known_format
 from nin_text.readers import SPLIT_NAMES
 from nin_text.splits import announce, finish_splits, label_indices, label_names_of, stratified
@@ -255,7 +255,7 @@ def decode(data: bytes | Path, name: str, size: int | None) -> np.ndarray:
             upright = upright.resize((wanted, wanted), Image.Resampling.BILINEAR)
         pixels = np.asarray(upright)
     except Exception as error:  # of many types, one for each format
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        reason = in_one_line(error, 160)
         raise UserError(f"{name} is no readable image ({reason}); remove or replace it") from error
     return pixels[..., None] if grey else pixels
 
@@ -284,7 +284,7 @@ def read_folder(folder: Path, size: int | None = None) -> Found:
     except UserError:
         raise
     except Exception as error:  # whatever a damaged file provokes
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        reason = in_one_line(error, 160)
         raise UserError(f"the images in {folder} cannot be read ({reason})") from error
 
 

@@ -68,7 +68,7 @@ def train_image(options: ImageTrainOptions, dataset: ImageDataset | None = None)
     trainer = image_trainer(
         model,
         options,
-        folder / "checkpoints" / "training",
+        folder / run_folder.CHECKPOINTS / "training",
         tensors["train"],
         tensors["validation"],
         bf16=use_bf16(options.precision, device),

@@ -27,7 +27,7 @@ from nin_text.configuration import (
     NiNTextConfig,
     with_pointwise_layers,
 )
-from nin_text.errors import UserError
+from nin_text.errors import UserError, in_one_line
 from nin_text.model_files import check_folder, check_weights, local_folder
 from nin_text.networks import BaselineForSequenceClassification
 from nin_text.options import CONFIG_FILE, PACKAGED, TrainOptions, model_folder, saved_nin
@@ -296,7 +296,7 @@ def local(name: str) -> str:
 
 
 def cannot_load(name: str, error: Exception) -> str:
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    reason = in_one_line(error)
     ours = ", ".join([*PRESETS, *NETWORKS])
     return (
         f"no model could be loaded from {name!r} ({reason}); give one of {ours}, "

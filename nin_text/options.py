@@ -66,7 +66,8 @@ MODEL_HELP = (
 )
 PRECISION_HELP = "bf16, fp32, or auto for bf16 where the processor multiplies it natively"
 
-# Options that only a NiN preset can honour, and those that need a tokenizer of our choice.
+# Options that only a NiN can honour; of these, those that need a new encoder; and those that need a
+# tokenizer of our choice.
 NIN_ONLY = (
     "pooling pointwise_layers word_dropout dropout class_weights label_smoothing ngrams "
     "ngram_buckets pretrain_epochs pretrain_learning_rate self_training_epochs init_embeddings "
@@ -486,15 +487,22 @@ def model_folder(name: str) -> str:
     return str(Path(__file__).parent / "ready_made" / name)
 
 
+def run_metrics(folder: str) -> dict[str, Any]:
+    """What the metrics.json of a finished run says; nothing if the folder is none."""
+    try:
+        path = Path(model_folder(folder)) / METRICS_FILE
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return metrics if isinstance(metrics, dict) else {}
+
+
 def trained_max_length(folder: str) -> int | None:
     """The length to which a run cut its training texts; None if it did not, or is no run."""
     try:
         # Not options.json: that may already belong to a next run, which has yet to finish.
-        metrics = json.loads(
-            (Path(model_folder(folder)) / METRICS_FILE).read_text(encoding="utf-8")
-        )
-        length = int(metrics["options"]["max_length"])
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        length = int(run_metrics(folder)["options"]["max_length"])
+    except (ValueError, KeyError, TypeError, OverflowError):
         return None
     low, high = RANGES["max_length"]
     return length if low <= length <= high else None

@@ -19,7 +19,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from nin_text.errors import UserError
+from nin_text.errors import UserError, in_one_line
 
 Table = dict[str, list[Any]]
 
@@ -157,7 +157,7 @@ def reading(path: Path, suffixes: Sequence[str]) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = in_one_line(error)
         raise UserError(
             f"{path} could not be read as {suffix_of(path)[1:].upper()} ({reason})"
         ) from error

@@ -24,6 +24,7 @@ from nin_text.training import ClassifierTrainer
 logger = logging.getLogger(__name__)
 
 OPTIONS_FILE = "options.json"
+CHECKPOINTS = "checkpoints"  # what a resumed run needs
 ANSWERS_FILE = "answers.safetensors"  # class probabilities (n, K) of "validation" and "test"
 # Options that do not change what is trained: a resumed run may differ in them.
 INCIDENTAL = {"data_dir", "device", "explain", "output_dir", "quiet", "resume", "verbose"}
@@ -48,7 +49,7 @@ def essentials(options: Any, data_fingerprint: str) -> dict[str, Any]:
 
 def open_run_folder(folder: Path, record: dict[str, Any], *, resume: bool) -> None:
     """Make the run folder; keep what is in it if the run is to be resumed, else start clean."""
-    path, checkpoints = folder / OPTIONS_FILE, folder / "checkpoints"
+    path, checkpoints = folder / OPTIONS_FILE, folder / CHECKPOINTS
     if resume and path.is_file():
         _check_same(record, path, folder)
         if not _begun(checkpoints):
@@ -214,7 +215,7 @@ def leave(
         (folder / name).unlink(missing_ok=True)
     report.move_files(aside, folder)
     report.write_json(folder / report.METRICS_FILE, metrics)
-    discard(folder / "checkpoints")
+    discard(folder / CHECKPOINTS)
     logger.info("the model, its metrics and plots are in %s", folder)
     if report.MISTAKES_FILE in pages:
         logger.info("its most confident mistakes: %s", folder / report.MISTAKES_FILE)

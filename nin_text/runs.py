@@ -20,6 +20,7 @@ from nin_text.device import keep_freed_memory, pick_device
 from nin_text.errors import UserError
 from nin_text.explain_page import mistakes_html
 from nin_text.options import TrainOptions, check, is_nin, with_recipe
+from nin_text.run_folder import CHECKPOINTS
 from nin_text.text import NiNTextForSequenceClassification
 from nin_text.tokenization import encode
 from nin_text.training import (
@@ -32,7 +33,7 @@ from nin_text.transfer import Teacher
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINTS = "checkpoints"  # folder in that of the run, of what a resumed run needs
+# Of the folder of checkpoints.
 TEACHER_FILE, EMBEDDINGS_FILE = "teacher.safetensors", "embeddings.safetensors"
 
 
@@ -64,7 +65,6 @@ def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dic
     processes = PartialState(cpu=device.type == "cpu")
     if processes.is_main_process and options.resume:
         run_folder.open_run_folder(folder, record, resume=True)
-    processes.wait_for_everyone()
     if is_nin(options.model):
         # Whose batches have few sizes. Those of a transformer are all different: the heap would
         # fragment (14 GB after MiniLM-L6 had scored IMDB).

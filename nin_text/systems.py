@@ -230,7 +230,7 @@ class SavedRun(_Network):
             self.metrics = json.loads((self.folder / METRICS_FILE).read_text(encoding="utf-8"))
             named = TrainedNetwork(self.metrics["model"], options)
             command, machine = self.metrics["command"], self.metrics["environment"]
-            taken = [note for note in self.metrics["notes"] if note.startswith(transfer.NOTE)]
+            taken = transfer.of_run(self.metrics)
             self.description = " ".join(
                 [
                     *(named.description, *(f"{note[0].upper()}{note[1:]}." for note in taken)),

@@ -11,11 +11,11 @@ in comparisons, as a model trained on the same data alone does not have it.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,10 +23,10 @@ from tqdm import tqdm
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from nin_text import models
-from nin_text.errors import UserError
+from nin_text.errors import UserError, in_one_line
 from nin_text.evaluation import predict_logits, softmax
 from nin_text.model_files import check_folder, check_weights
-from nin_text.options import METRICS_FILE, TrainOptions, model_folder, trained_max_length
+from nin_text.options import TrainOptions, run_metrics, saved_nin, trained_max_length
 from nin_text.readers import open_text, reading, suffix_of
 from nin_text.tokenization import CONTINUATION, encode, load_tokenizer
 
@@ -43,14 +43,18 @@ def notes(options: TrainOptions) -> list[str]:
     """What a run takes over, as a note for whoever reads its figures; local folders by name."""
     sources = {"embeddings of": options.init_embeddings, "answers of": options.teacher}
     taken = [f"{what} {_name(source)}" for what, source in sources.items() if source is not None]
-    for source in (options.model, options.teacher):
-        try:
-            metrics = json.loads((Path(model_folder(source or "")) / METRICS_FILE).read_text())
-            inherited = [note for note in metrics["notes"] if note.startswith(NOTE)]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            continue
-        taken += [f"{_name(source or '')} has {note.removeprefix(NOTE)}" for note in inherited]
+    before = [options.model] if saved_nin(options.model) else []
+    for source in before + ([options.teacher] if options.teacher is not None else []):
+        inherited = of_run(run_metrics(source))
+        taken += [f"{_name(source)} has {note.removeprefix(NOTE)}" for note in inherited]
     return [NOTE + ", ".join(taken)] if taken else []
+
+
+def of_run(metrics: dict[str, Any]) -> list[str]:
+    """Those notes on a run that say what it took over."""
+    found = metrics.get("notes")
+    texts = found if isinstance(found, list) else []
+    return [note for note in texts if isinstance(note, str) and note.startswith(NOTE)]
 
 
 def _name(source: str) -> str:
@@ -218,7 +222,7 @@ def _load_encoder(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
 
 
 def _no_embeddings(source: str, error: Exception) -> str:
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    reason = in_one_line(error)
     return (
         f"no embeddings could be had from {source!r} ({reason}); give a file of word vectors "
         f"({' or '.join(VECTOR_SUFFIXES)}), or the folder or hub id of a transformer"

@@ -364,3 +364,12 @@ def test_a_saved_encoder_keeps_its_embeddings(trained: Path, tmp_path: Path) -> 
     options = {**QUICK, "model": str(trained), "output_dir": tmp_path / "run"}
     with pytest.raises(UserError, match=r"--init-embeddings is for NiN presets"):
         train_text(TrainOptions(**options, init_embeddings="v.txt"))
+
+
+def test_a_run_takes_over_nothing_from_where_it_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As from a run folder, whose metrics.json is another run's."""
+    (tmp_path / "metrics.json").write_text(json.dumps({"notes": [transfer.NOTE + "embeddings"]}))
+    monkeypatch.chdir(tmp_path)
+    assert transfer.notes(TrainOptions()) == []

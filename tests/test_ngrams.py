@@ -80,7 +80,7 @@ def test_features_do_not_depend_on_where_chunks_end(monkeypatch: pytest.MonkeyPa
     assert (ngrams.features(rows, 3, BUCKETS) != whole).nnz == 0
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.lists(st.lists(st.integers(1, 20), max_size=30), max_size=6),
     st.integers(1, 4),

@@ -27,6 +27,7 @@ from nin_text.tokenization import clean
 # A token, for every system alike: a word or a punctuation mark.
 TOKEN = re.compile(r"\w+|[^\w\s]")
 NEVER = -1e4  # a logit
+SMOOTHING = 1.0  # of naive Bayes, as in its papers
 LEAST_PROBABILITY = 1e-6  # what fastText gives to a class it does not name
 Candidate = TypeVar("Candidate")
 
@@ -200,7 +201,7 @@ class LinearNGrams:
             warnings.simplefilter("ignore", ConvergenceWarning)  # near enough
             if self.svm:
                 return weights_of(LinearSVC(C=c, random_state=0).fit(x, truth), classes)
-            return fit_linear(x, truth, classes, c=c)
+            return fit_linear(x, truth, classes, c=c, smoothing=SMOOTHING)
 
     def load(self, folder: Path) -> None:
         tensors = load_file(folder / "weights.safetensors")

@@ -47,6 +47,7 @@ from nin_text.evaluation import pad, predict_logits, softmax
 from nin_text.options import (
     PRECISIONS,
     PRESET_NAMES,
+    RECIPES,
     TrainOptions,
     check,
     trained_max_length,
@@ -75,7 +76,9 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
     Args:
         model: preset ("nin-text-small", "nin-text-base", "nin-text-paper").
         tokenizer: "wordpiece", "bpe" or "word" to train one on the texts, or a folder.
-        vocab_size: most tokens in a trained vocabulary.
+        vocab_size: most tokens in a trained vocabulary; None for as many as there are training
+            texts, but at least 500 and at most 30,000, which is also what `partial_fit` and words
+            take.
         max_length: cut texts to this many tokens; 0 for never.
         ngrams: tokens of the longest n-gram whose evidence is added; 0 for none.
         pretrain_epochs: passes in which the network first learns to predict telling n-grams.
@@ -110,7 +113,7 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
         model: str = "nin-text-base",
         *,
         tokenizer: str = "wordpiece",
-        vocab_size: int = 30_000,
+        vocab_size: int | None = None,
         max_length: int = 0,
         ngrams: int = 3,
         pretrain_epochs: int = 0,
@@ -225,6 +228,8 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
         with self._session() as options:
             if not hasattr(self, "model_"):
                 options.ngrams = options.pretrain_epochs = 0
+                # The first texts are not all that it will learn from.
+                options.vocab_size = options.vocab_size or RECIPES["default"]["vocab_size"]
                 built = self._build(options, texts, labels, classes)
                 self._take(*built, classes, passes=0)
             self._one_pass(with_recipe(options, len(texts)), texts, labels, weight)
@@ -247,7 +252,7 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
             "",
             model=self.model,
             tokenizer=self.tokenizer,
-            vocab_size=self.vocab_size,
+            vocab_size=self.vocab_size,  # type: ignore[arg-type]
             max_length=self.max_length,
             ngrams=self.ngrams,
             pretrain_epochs=self.pretrain_epochs if self.ngrams else 0,
@@ -348,6 +353,7 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
         parts = None if weight is None else weight[rest]
         if branch is not None:
             ngrams.fit(branch, train.rows, labels[rest], sample_weight=parts)
+            expected = ngrams.expected_scale(branch, train.rows, labels[rest], sample_weight=parts)
         common = shared_arguments(options, pick_device(self.device))
         with tempfile.TemporaryDirectory(prefix="nin-text-") as folder:
             if branch is not None and options.pretrain_epochs:
@@ -364,7 +370,7 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
             best = trainer.best_model
             assert isinstance(best, NiNTextForSequenceClassification) and best is not model
             if best.ngrams is not None:
-                scale = stages.fuse(trainer)
+                scale = stages.fuse(trainer, expected, labels_alone=True)
                 ngrams.fit(best.ngrams, rows, labels, sample_weight=weight)
                 best.rescale(1.0, scale)
         return best, round(trainer.state.epoch or 0)

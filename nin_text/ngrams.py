@@ -31,11 +31,12 @@ PRIME = 2_147_483_647
 MULTIPLIER = 1_000_003
 SCRAMBLE = 1_640_531_527  # spreads neighbouring values, whose order is that of the token ids
 
-SMOOTHING = 1.0  # added to every count of naive Bayes
+SMOOTHING = 0.5  # added to every count of naive Bayes
 INVERSE_REGULARIZATION = 1.0  # C of the logistic regression
 LEAST_TEXTS = 2  # that an n-gram must be in: what a single text has tells little of others
 CHUNK_TOKENS = 2**18  # whose n-grams are sorted at once
 LEAST_SCALE = 0.01
+FOLDS, MOST_FOLDED = 5, 5_000  # parts of `expected_scale`, and texts for which it is worth the time
 
 
 def ngram_buckets(ids: Tensor, mask: Tensor, size: int, buckets: int) -> Tensor:
@@ -266,6 +267,7 @@ def fit_linear(
     classes: int,
     *,
     c: float = INVERSE_REGULARIZATION,
+    smoothing: float = SMOOTHING,
     sample_weight: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """One NB-weighted logistic regression for each class against all others; of two, one does.
@@ -275,6 +277,7 @@ def fit_linear(
         labels: (n,) class indices.
         classes: K.
         c: inverse regularization.
+        smoothing: added to every count of naive Bayes.
         sample_weight: (n,) how often each text counts; once if None.
 
     Returns:
@@ -289,7 +292,7 @@ def fit_linear(
             continue
         if is_label.all():
             continue
-        weight[:, label], bias[label] = _fit_one(counts, is_label, c, sample_weight)
+        weight[:, label], bias[label] = _fit_one(counts, is_label, c, smoothing, sample_weight)
     if classes == 2:
         weight = np.stack([-weight[:, 1], weight[:, 1]], axis=1) / 2
         bias = np.array([-bias[1], bias[1]], dtype=np.float32) / 2
@@ -297,7 +300,11 @@ def fit_linear(
 
 
 def _fit_one(
-    counts: sparse.csr_matrix, is_label: np.ndarray, c: float, sample_weight: np.ndarray | None
+    counts: sparse.csr_matrix,
+    is_label: np.ndarray,
+    c: float,
+    smoothing: float,
+    sample_weight: np.ndarray | None,
 ) -> tuple[np.ndarray, float]:
     """Weight (buckets,) and bias of "is it this class?"."""
     import scipy.sparse as sparse
@@ -305,8 +312,8 @@ def _fit_one(
     from sklearn.linear_model import LogisticRegression
 
     times = np.ones(len(is_label)) if sample_weight is None else sample_weight
-    inside = SMOOTHING + counts[is_label].T @ times[is_label]  # (V,)
-    outside = SMOOTHING + counts[~is_label].T @ times[~is_label]  # (V,)
+    inside = smoothing + counts[is_label].T @ times[is_label]  # (V,)
+    outside = smoothing + counts[~is_label].T @ times[~is_label]  # (V,)
     ratio = np.log(inside / inside.sum()) - np.log(outside / outside.sum())
     ratio = ratio.astype(np.float32)
     scaled = sparse.csr_matrix((ratio[counts.indices], counts.indices, counts.indptr), counts.shape)
@@ -323,20 +330,61 @@ def predict(branch: NGramEvidence, rows: Sequence[np.ndarray]) -> np.ndarray:
     return np.asarray(counts @ branch.weight.cpu().numpy() + branch.bias.cpu().numpy())
 
 
-def best_scales(parts: Sequence[np.ndarray], labels: np.ndarray) -> np.ndarray:
+def expected_scale(
+    branch: NGramEvidence,
+    rows: Sequence[np.ndarray],
+    labels: np.ndarray,
+    class_weights: Sequence[float] | None = None,
+    sample_weight: np.ndarray | None = None,
+) -> float:
+    """The factor on the logits of the branch that suits texts it was not fitted to.
+
+    Fitted to few texts it is too sure of others. A validation split of a few dozen texts hardly
+    tells by how much; all labelled texts do, each judged by a branch fitted to the other folds.
+
+    Args:
+        branch: gives the sizes; it is left as it is.
+        rows, labels, class_weights, sample_weight: as of `fit`.
+
+    Returns:
+        The factor; 1 with more than `MOST_FOLDED` texts or with too few to be divided.
+    """
+    if not FOLDS <= len(rows) <= MOST_FOLDED:
+        return 1.0
+    logits = np.zeros((len(rows), len(branch.bias)))  # (n, K)
+    order = np.random.default_rng(0).permutation(len(rows))
+    other = NGramEvidence(branch.size, branch.buckets, len(branch.bias))
+    for held in np.array_split(order, FOLDS):
+        rest = np.setdiff1d(order, held)
+        weight = None if sample_weight is None else sample_weight[rest]
+        fit(other, [rows[i] for i in rest], labels[rest], class_weights, weight)
+        logits[held] = predict(other, [rows[i] for i in held])
+    return float(best_scales([logits], labels)[0])
+
+
+def best_scales(
+    parts: Sequence[np.ndarray],
+    labels: np.ndarray,
+    expected: Sequence[float] | None = None,
+    strength: float = 1.0,
+) -> np.ndarray:
     """Factors s for which sum(s[i] * parts[i]) are the logits of least log loss.
 
-    A weak pull towards 1, worth about one example, keeps the factors finite on a validation split
-    without a single mistake; `LEAST_SCALE` keeps an answer where no part is of any use. One part
-    alone is temperature scaling (Guo et al. 2017, arXiv 1706.04599).
+    A pull towards what is expected keeps the factors finite on a validation split without a single
+    mistake, and near it where there are few examples; `LEAST_SCALE` keeps an answer where no part
+    is of any use. One part alone is temperature scaling (Guo et al. 2017, arXiv 1706.04599).
 
     Args:
         parts: (n, K) logits each.
         labels: (n,) class index of each example.
+        expected: the factor of each part that is taken for likely beforehand; 1 each if None.
+        strength: of the pull: the loss summed over all examples grows by half of this at a
+            distance of 1.
     """
     from scipy.optimize import minimize
 
     stacked = np.stack(parts).astype(np.float64)  # (parts, n, K)
+    centre = np.ones(len(parts)) if expected is None else np.asarray(expected)
     picked = np.arange(len(labels)), labels
 
     def loss(scales: np.ndarray) -> tuple[float, np.ndarray]:
@@ -345,9 +393,9 @@ def best_scales(parts: Sequence[np.ndarray], labels: np.ndarray) -> np.ndarray:
         probabilities = np.exp(logits)
         probabilities /= probabilities.sum(axis=1, keepdims=True)
         value = -np.log(np.maximum(probabilities[picked], 1e-300)).sum()
-        value += ((scales - 1) ** 2).sum() / 2
+        value += strength * ((scales - centre) ** 2).sum() / 2
         probabilities[picked] -= 1
-        gradient = np.tensordot(stacked, probabilities, 2) + scales - 1
+        gradient = np.tensordot(stacked, probabilities, 2) + strength * (scales - centre)
         return value / len(labels), gradient / len(labels)
 
     start = np.full(len(parts), 0.5)

@@ -57,6 +57,7 @@ DEFAULT_SYSTEMS = ("nin-text-small", "nin-text-base", FASTTEXT, *LINEAR_NAMES, "
 QUICK_LIMIT, QUICK_ROUNDS = 1000, 2
 
 MIN_BATCHES = 50
+MIN_VOCABULARY = 500  # of pieces of words
 PRECISIONS = ("auto", "bf16", "fp32")
 EXPLAIN_FORMATS = ("text", "html")
 SAVE_DTYPES = ("float32", "float16", "float8")
@@ -165,7 +166,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "imdb": {"pretrain_epochs": 2, "epochs": 2},
     "ag_news": {"epochs": 4},
     "sst2": {"pretrain_epochs": 0, "epochs": 4, "batch_size": 128, "dropout": 0.5},
-    "trec": {"tokenizer": "word", "epochs": 20, "dropout": 0.5},
+    "trec": {"tokenizer": "word", "ngrams": 2, "epochs": 20, "dropout": 0.5},
 }
 
 
@@ -224,7 +225,10 @@ class TrainOptions(CommonOptions, DataOptions):
     tokenizer: str = option(
         "wordpiece, bpe or word to train one on the training split, or a hub id or folder"
     )
-    vocab_size: int = option("most tokens in a trained vocabulary")
+    vocab_size: int = option(
+        f"most tokens in a trained vocabulary; of wordpiece and bpe also no more than there are "
+        f"training texts or {MIN_VOCABULARY}"
+    )
     lowercase: bool = option("fold case in a trained tokenizer", True)
     max_length: int = option("cut texts to this many tokens (0: never)")
     pooling: str | None = option(
@@ -462,7 +466,8 @@ def with_recipe(options: TrainOptions, examples: int) -> TrainOptions:
     Args:
         options: as given by the user.
         examples: size of the training split. Small ones get smaller batches, so that a pass has
-            about `MIN_BATCHES` of them.
+            about `MIN_BATCHES` of them, and fewer pieces of words: what a few texts say of a whole
+            word, or of n-grams of words, tells little of others.
     """
     recipe = dict(RECIPES["default"])
     recipe["batch_size"] = min(recipe["batch_size"], max(4, examples // MIN_BATCHES))
@@ -476,6 +481,8 @@ def with_recipe(options: TrainOptions, examples: int) -> TrainOptions:
     else:
         _check_honoured(options)
         recipe |= RECIPES[options.model if options.model in NETWORK_NAMES else "fine-tuning"]
+    if (options.tokenizer or recipe["tokenizer"]) != "word":
+        recipe["vocab_size"] = min(recipe["vocab_size"], max(MIN_VOCABULARY, examples))
     missing = {name: value for name, value in recipe.items() if getattr(options, name) is None}
     return dataclasses.replace(options, **missing)
 

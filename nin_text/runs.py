@@ -19,7 +19,7 @@ from nin_text.data import TextDataset, load_text_dataset
 from nin_text.device import keep_freed_memory, pick_device
 from nin_text.errors import UserError
 from nin_text.explain_page import mistakes_html
-from nin_text.options import TrainOptions, check, is_nin, with_recipe
+from nin_text.options import TrainOptions, check, is_nin, saved_nin, with_recipe
 from nin_text.run_folder import CHECKPOINTS
 from nin_text.text import NiNTextForSequenceClassification
 from nin_text.tokenization import encode
@@ -157,7 +157,7 @@ def _train(
     checkpoints = folder / CHECKPOINTS
     checkpoints.mkdir(parents=True, exist_ok=True)
     common = shared_arguments(options, device)
-    ngram_scale = 1.0
+    ngram_scale = expected = 1.0
 
     def train(name: str, epochs: int, texts: EncodedTexts) -> TextTrainer:
         nonlocal ngram_scale
@@ -175,12 +175,14 @@ def _train(
         trainer.train_or_resume()
         seconds[name] = trainer.seconds
         if options.ngrams:
-            ngram_scale = stages.fuse(trainer)
+            ngram_scale = stages.fuse(trainer, expected, labels_alone=alone)
         return trainer
 
     labelled, unlabelled = encoded["train"], encoded.get("unsupervised")
     if not options.unlabelled or not unlabelled:
         unlabelled = None
+    outside = (options.teacher, options.init_embeddings, saved_nin(options.model), unlabelled)
+    alone = not any(outside)
     seconds: dict[str, float] = {}
     opinions = None
     if options.teacher is not None:
@@ -194,7 +196,7 @@ def _train(
         )
     if options.ngrams:
         assert isinstance(model, NiNTextForSequenceClassification)
-        stages.fit_ngrams(model, labelled, encoded["validation"])
+        expected = stages.fit_ngrams(model, labelled, encoded["validation"])
         if options.pretrain_epochs:
             seconds["pretraining"] = stages.pretrain(
                 model, labelled, unlabelled, checkpoints, options, **common

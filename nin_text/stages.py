@@ -40,16 +40,24 @@ from nin_text.transfer import Teacher, borrowed_embeddings
 
 logger = logging.getLogger(__name__)
 
+FUSE_STRENGTH = 30.0  # of the pull towards the weights to be expected, see `best_scales`
+
 
 def fit_ngrams(
     model: NiNTextForSequenceClassification, train: EncodedTexts, validation: EncodedTexts
-) -> None:
-    """Fit the n-gram branch to the training split; what it can do alone is logged."""
+) -> float:
+    """Fit the n-gram branch to the training split; what it can do alone is logged.
+
+    Returns:
+        The factor on it that is to be expected, for `fuse`.
+    """
     assert model.ngrams is not None
-    ngrams.fit(model.ngrams, train.rows, train.labels, model.config.class_weights)
+    weights = model.config.class_weights
+    ngrams.fit(model.ngrams, train.rows, train.labels, weights)
     logits = ngrams.predict(model.ngrams, validation.rows)
     right = logits.argmax(axis=1) == validation.labels
     logger.info("n-gram evidence alone: validation accuracy %.4f", right.mean())
+    return ngrams.expected_scale(model.ngrams, train.rows, train.labels, weights)
 
 
 def pretrain(
@@ -107,8 +115,16 @@ def pretrain(
     return trainer.seconds
 
 
-def fuse(trainer: TextTrainer) -> float:
+def fuse(trainer: TextTrainer, expected: float, *, labels_alone: bool) -> float:
     """Weigh network and n-grams against each other by the log loss of the validation split.
+
+    A network that has learned from few labels alone rarely adds to n-grams, and few validation
+    texts may say otherwise by chance: they have to outweigh a pull towards n-grams alone.
+
+    Args:
+        trainer: has the classifier, whose branch is as it was fitted to the training split.
+        expected: the factor on it that `fit_ngrams` found.
+        labels_alone: whether the network has learned from nothing else.
 
     Returns:
         The factor on the n-grams, for `refit_ngrams`.
@@ -117,7 +133,8 @@ def fuse(trainer: TextTrainer) -> float:
     assert isinstance(model, NiNTextForSequenceClassification) and model.ngrams is not None
     added = ngrams.predict(model.ngrams, validation.rows)
     network = trainer.logits(validation) - added
-    scales = ngrams.best_scales([network, added], validation.labels)
+    centre = (0.0 if labels_alone else 0.5, expected)
+    scales = ngrams.best_scales([network, added], validation.labels, centre, FUSE_STRENGTH)
     model.rescale(*scales)
     logger.info("weights of network and n-grams: %.3f, %.3f", *scales)
     return float(scales[1])

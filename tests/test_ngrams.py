@@ -202,3 +202,58 @@ def test_best_scales_stay_finite_without_a_mistake() -> None:
     logits = np.array([[5.0, -5.0], [-5.0, 5.0]] * 10)
     scales = ngrams.best_scales([logits, logits / 2], np.array([0, 1] * 10))
     assert all(0 <= scale < 3 and math.isfinite(scale) for scale in scales)
+
+
+def test_best_scales_are_pulled_to_what_is_expected() -> None:
+    """Labels drawn from softmax(2 a): ten texts do not outweigh a strong pull, many do."""
+    generator = np.random.default_rng(0)
+    a = generator.normal(size=(20_000, 3))
+    gumbel = -np.log(-np.log(generator.uniform(size=a.shape)))
+    labels = (2 * a + gumbel).argmax(axis=1)
+    few = ngrams.best_scales([a[:10]], labels[:10], expected=[0.3], strength=300)
+    many = ngrams.best_scales([a], labels, expected=[0.3], strength=300)
+    np.testing.assert_allclose(few, 0.3, atol=0.05)
+    np.testing.assert_allclose(many, 2, atol=0.3)
+
+
+@pytest.mark.parametrize(
+    ("told_by", "low", "high"),
+    [(1.0, 1.0, math.inf), (0.0, 0.0, 0.25)],
+    ids=["each label by a token", "labels at random"],
+)
+def test_the_expected_scale_is_that_for_texts_outside(
+    told_by: float, low: float, high: float
+) -> None:
+    """Above 1 where n-grams are right about every text, near 0 where they learned mere chance."""
+    generator = np.random.default_rng(0)
+    labels = generator.integers(0, 2, 100)
+    rows = [generator.integers(2, 200, 20) for _ in labels]
+    for row, label in zip(rows, labels, strict=True):
+        row[0] = label if generator.random() < told_by else 2
+    branch = ngrams.NGramEvidence(2, BUCKETS, 2)
+    ngrams.fit(branch, rows, labels)
+    before = branch.weight.clone()
+    assert low <= ngrams.expected_scale(branch, rows, labels) <= high
+    assert torch.equal(branch.weight, before)
+    # The branch is sure of the texts it was fitted to, whether or not it knows anything.
+    assert ngrams.best_scales([ngrams.predict(branch, rows)], labels)[0] > 1
+
+
+@pytest.mark.parametrize("texts", [2, ngrams.MOST_FOLDED + 1])
+def test_too_few_and_many_texts_leave_the_expected_scale_at_one(texts: int) -> None:
+    rows, labels = [np.array([label]) for label in (0, 1)], np.array([0, 1])
+    branch = ngrams.NGramEvidence(1, BUCKETS, 2)
+    rows = (rows * texts)[:texts]
+    assert ngrams.expected_scale(branch, rows, np.tile(labels, texts)[:texts]) == 1
+
+
+def test_a_class_of_one_text_and_weights_do_not_hinder_the_expected_scale() -> None:
+    rows = [np.array([label, label]) for label in (0, 1, 2, 0, 1, 0)]
+    labels = np.array([0, 1, 2, 0, 1, 0])
+    branch = ngrams.NGramEvidence(2, BUCKETS, 3)
+    weight = np.arange(1.0, 7.0)
+    plain = ngrams.expected_scale(branch, rows, labels)
+    weighed = ngrams.expected_scale(branch, rows, labels, [1.0, 2.0, 3.0], weight)
+    assert 0 < plain < math.inf
+    assert 0 < weighed < math.inf
+    assert plain != weighed

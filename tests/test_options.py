@@ -78,6 +78,15 @@ def test_small_data_sets_get_smaller_batches() -> None:
     assert with_recipe(parse("--batch-size", "64"), 10).batch_size == 64
 
 
+def test_small_data_sets_get_fewer_pieces_of_words_but_as_many_words() -> None:
+    def sizes(*arguments: str) -> list[int]:
+        return [with_recipe(parse(*arguments), n).vocab_size for n in (10, 1000, 100_000)]
+
+    assert sizes() == sizes("--tokenizer", "bpe") == [500, 1000, 30_000]
+    assert sizes("--tokenizer", "word") == sizes("--model", "kim-cnn") == [30_000] * 3
+    assert sizes("--vocab-size", "2000") == [2000] * 3
+
+
 def test_a_model_from_outside_gets_the_recipe_of_fine_tuning() -> None:
     options = with_recipe(parse("--dataset", "imdb", "--model", "some/model"), 25_000)
     for name, value in RECIPES["fine-tuning"].items():

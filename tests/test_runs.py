@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from nin_text.options import TrainOptions
 from nin_text.packed_files import read_packed
 from nin_text.run_folder import ANSWERS_FILE
 from nin_text.runs import train_text
+from nin_text.stages import FUSE_STRENGTH
 from nin_text.tokenization import encode
 from nin_text.training import RunTrainer
 
@@ -190,29 +192,35 @@ def test_unlabelled_texts_are_learned_from(tmp_path: Path) -> None:
     assert accuracy[False] < 0.7
 
 
-def test_the_saved_model_adds_ngrams_weighed_on_the_validation_split(tmp_path: Path) -> None:
+def test_the_saved_model_adds_ngrams_weighed_on_the_validation_split(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """The weights are those of least log loss for n-grams fitted to the training split alone.
 
     What is saved are n-grams fitted to both splits, times that weight.
     """
     dataset = load_text_dataset("demo_reviews", limit=200)
-    train_text(TrainOptions(**QUICK, output_dir=tmp_path / "run"), dataset)
+    with caplog.at_level(logging.INFO, logger="nin_text.stages"):
+        train_text(TrainOptions(**QUICK, output_dir=tmp_path / "run"), dataset)
+    (weights,) = [r.args for r in caplog.records if r.msg.startswith("weights of network")]
     model, tokenizer = load(str(tmp_path / "run"))
     train, validation = dataset.splits["train"], dataset.splits["validation"]
     rows, held_out = encode(tokenizer, train.texts), encode(tokenizer, validation.texts)
     logits = predict_logits(model, held_out, pad_token_id=0)
-    network = logits - ngrams.predict(model.ngrams, held_out)
+    network = (logits - ngrams.predict(model.ngrams, held_out)) / weights[0]
     branch = ngrams.NGramEvidence(model.ngrams.size, model.ngrams.buckets, 2)
     ngrams.fit(branch, rows, np.array(train.labels))
     added = ngrams.predict(branch, held_out)
     assert np.abs(added).max() > 0.1
-    scales = ngrams.best_scales([network, added], np.array(validation.labels))
-    # Not exactly one: the pull towards one acted on the weights before they were multiplied.
-    np.testing.assert_allclose(scales[0], 1, atol=0.25)
+    expected = ngrams.expected_scale(branch, rows, np.array(train.labels))
+    scales = ngrams.best_scales(
+        [network, added], np.array(validation.labels), (0.0, expected), FUSE_STRENGTH
+    )
+    np.testing.assert_allclose(scales, weights, rtol=0.02)
     ngrams.fit(branch, [*rows, *held_out], np.array(train.labels + validation.labels))
     factor = (model.ngrams.weight * branch.weight).sum() / (branch.weight**2).sum()
     np.testing.assert_allclose(model.ngrams.weight, factor * branch.weight, atol=1e-4)
-    np.testing.assert_allclose(factor, scales[1], rtol=0.25)
+    np.testing.assert_allclose(factor, scales[1], rtol=0.02)
     # The validation score was computed before: by n-grams that had not seen its texts.
     answers = load_file(tmp_path / "run" / "answers.safetensors")
     assert np.abs(answers["validation"] - softmax(logits)).max() > 1e-3

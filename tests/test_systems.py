@@ -121,6 +121,7 @@ def test_tfidf_svm_is_scikit_learns_pipeline(topics: TextDataset, tmp_path: Path
         sublinear_tf=True,
         token_pattern=TOKEN.pattern,
         min_df=fit.settings["min_df"],
+        dtype=np.float32,
     )
     x = vectorizer.fit_transform(train.texts + validation.texts)
     svm = LinearSVC(C=fit.settings["C"], random_state=0).fit(x, train.labels + validation.labels)

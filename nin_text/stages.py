@@ -40,8 +40,6 @@ from nin_text.transfer import Teacher, borrowed_embeddings
 
 logger = logging.getLogger(__name__)
 
-FUSE_STRENGTH = 30.0  # of the pull towards the weights to be expected, see `best_scales`
-
 
 def fit_ngrams(
     model: NiNTextForSequenceClassification, train: EncodedTexts, validation: EncodedTexts
@@ -134,7 +132,7 @@ def fuse(trainer: TextTrainer, expected: float, *, labels_alone: bool) -> float:
     added = ngrams.predict(model.ngrams, validation.rows)
     network = trainer.logits(validation) - added
     centre = (0.0 if labels_alone else 0.5, expected)
-    scales = ngrams.best_scales([network, added], validation.labels, centre, FUSE_STRENGTH)
+    scales = ngrams.cautious_scales([network, added], validation.labels, centre)
     model.rescale(*scales)
     logger.info("weights of network and n-grams: %.3f, %.3f", *scales)
     return float(scales[1])

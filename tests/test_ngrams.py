@@ -216,6 +216,20 @@ def test_best_scales_are_pulled_to_what_is_expected() -> None:
     np.testing.assert_allclose(many, 2, atol=0.3)
 
 
+def test_cautious_scales_give_way_to_labels_but_not_to_chance() -> None:
+    """Of fifty texts: a part that is right about each is used, one that knows nothing is not."""
+    generator = np.random.default_rng(0)
+    labels = generator.integers(0, 2, 50)
+    truth = np.eye(2)[labels] * 2 - 1
+    weak = truth / 4 + generator.normal(size=(50, 2))
+    right = ngrams.cautious_scales([2 * truth, weak], labels, [0, 1])
+    np.testing.assert_allclose(right, ngrams.best_scales([2 * truth, weak], labels, [0, 1]))
+    assert right[0] > 1
+    for _ in range(20):
+        noise = generator.normal(size=(50, 2))
+        assert ngrams.cautious_scales([noise, weak], labels, [0, 1])[0] < 0.3
+
+
 @pytest.mark.parametrize(
     ("told_by", "low", "high"),
     [(1.0, 1.0, math.inf), (0.0, 0.0, 0.25)],

@@ -23,7 +23,6 @@ from nin_text.options import TrainOptions
 from nin_text.packed_files import read_packed
 from nin_text.run_folder import ANSWERS_FILE
 from nin_text.runs import train_text
-from nin_text.stages import FUSE_STRENGTH
 from nin_text.tokenization import encode
 from nin_text.training import RunTrainer
 
@@ -213,9 +212,7 @@ def test_the_saved_model_adds_ngrams_weighed_on_the_validation_split(
     added = ngrams.predict(branch, held_out)
     assert np.abs(added).max() > 0.1
     expected = ngrams.expected_scale(branch, rows, np.array(train.labels))
-    scales = ngrams.best_scales(
-        [network, added], np.array(validation.labels), (0.0, expected), FUSE_STRENGTH
-    )
+    scales = ngrams.cautious_scales([network, added], np.array(validation.labels), (0.0, expected))
     np.testing.assert_allclose(scales, weights, rtol=0.02)
     ngrams.fit(branch, [*rows, *held_out], np.array(train.labels + validation.labels))
     factor = (model.ngrams.weight * branch.weight).sum() / (branch.weight**2).sum()

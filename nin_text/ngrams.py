@@ -415,9 +415,7 @@ def cautious_scales(
     free = best_scales(parts, labels, expected)
 
     def loss(scales: np.ndarray) -> float:
-        logits = np.tensordot(scales, np.stack(parts).astype(np.float64), 1)  # (n, K)
-        logits -= logits.max(axis=1, keepdims=True)
-        right = logits[np.arange(len(labels)), labels]
-        return float((np.log(np.exp(logits).sum(axis=1)) - right).sum())
+        logits = torch.from_numpy(np.tensordot(scales, np.stack(parts), 1))  # (n, K)
+        return float(F.cross_entropy(logits, torch.from_numpy(labels).long(), reduction="sum"))
 
     return free if loss(pulled) - loss(free) > 3 else pulled

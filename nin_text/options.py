@@ -226,8 +226,8 @@ class TrainOptions(CommonOptions, DataOptions):
         "wordpiece, bpe or word to train one on the training split, or a hub id or folder"
     )
     vocab_size: int = option(
-        f"most tokens in a trained vocabulary; of wordpiece and bpe also no more than there are "
-        f"training texts or {MIN_VOCABULARY}"
+        f"most tokens in a trained vocabulary; left out, those of wordpiece and bpe are also no "
+        f"more than there are training texts, or {MIN_VOCABULARY}"
     )
     lowercase: bool = option("fold case in a trained tokenizer", True)
     max_length: int = option("cut texts to this many tokens (0: never)")

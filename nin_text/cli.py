@@ -13,6 +13,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 from nin_text.errors import UserError
@@ -32,6 +33,7 @@ TOO_LITTLE_MEMORY = (
     "there is too little memory; lower --batch-tokens or --max-length (of images: --batch-size or "
     "--image-size)"
 )
+IMPORT_SECONDS = 0.05  # a signal that arrives within an import waits for so long, and again
 FILE_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR),
     *(errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOENT, errno.ENOTEMPTY),
@@ -96,25 +98,48 @@ def run(work: Callable[[], dict[str, Any] | Iterator[dict[str, Any]]]) -> None:
     full disk or too little memory (one sentence, no traceback); 130 after Ctrl-C and 143 after
     SIGTERM.
     """
-    with _stopped_by_sigterm():
+    with _stopped_by_signals():
         _run(work)
 
 
 @contextmanager
-def _stopped_by_sigterm() -> Iterator[None]:
-    """Raise `Terminated` at SIGTERM, where signals can be handled at all."""
-
-    def stop(number: int, frame: Any) -> None:
-        raise Terminated
-
+def _stopped_by_signals() -> Iterator[None]:
+    """Let `stop` answer SIGTERM and Ctrl-C, where signals can be handled at all."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, stop)}
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as by nohup
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def stop(number: int, frame: FrameType | None) -> None:
+    """Handle a signal: raise `Terminated` or KeyboardInterrupt, but never within an import.
+
+    An extension module whose initialization is interrupted raises an ImportError, and may bring
+    the interpreter down at its exit (matplotlib's does); so the signal comes again a little later.
+    """
+    if _within_import(frame):
+        thread = threading.main_thread().ident
+        again = threading.Timer(IMPORT_SECONDS, signal.pthread_kill, (thread, number))
+        again.daemon = True
+        again.start()
+        return
+    raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+
+def _within_import(frame: FrameType | None) -> bool:
+    """True if an import that began after the work did is under way in a frame or its callers."""
+    while frame is not None and frame.f_code is not _run.__code__:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _run(work: Callable[[], dict[str, Any] | Iterator[dict[str, Any]]]) -> None:

@@ -194,8 +194,8 @@ def forked(work: Callable[[], Any], log: Path) -> tuple[int, int]:
         os.dup2(file, 1)
         os.dup2(file, 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, _terminate)  # as within cli.run, to which there is no gap
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, cli.stop)  # as within cli.run, to which there is no gap
         cli.set_up_logging(quiet=True, verbose=False)
         os.close(begin)
         cli.run(lambda: {"result": str(work())})
@@ -211,10 +211,6 @@ def forked(work: Callable[[], Any], log: Path) -> tuple[int, int]:
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(status)
-
-
-def _terminate(number: int, frame: Any) -> None:
-    raise cli.Terminated
 
 
 def ended(pid: int) -> int:

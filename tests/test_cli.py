@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import signal
 import sys
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -96,6 +99,32 @@ def test_ctrl_c_has_its_own_status() -> None:
     with pytest.raises(SystemExit) as caught:
         cli.run(failing(KeyboardInterrupt()))
     assert caught.value.code == 130
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_waits_for_the_end_of_an_import(
+    number: signal.Signals, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An extension module whose initialization is interrupted fails, or crashes at exit."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "slow_extension.py").write_text(
+        f"import os, time\nos.kill(os.getpid(), {int(number)})\ntime.sleep(0.2)\nwhole = True\n"
+    )
+    stopped_in_time = True
+
+    def work() -> dict:
+        nonlocal stopped_in_time
+        import slow_extension  # noqa: F401
+
+        time.sleep(10)
+        stopped_in_time = False
+        return {}
+
+    with pytest.raises(SystemExit) as caught:
+        cli.run(work)
+    assert caught.value.code == status
+    assert stopped_in_time
+    assert sys.modules.pop("slow_extension").whole
 
 
 def test_a_bar_that_was_interrupted_while_it_was_made_is_no_news(

@@ -1,8 +1,11 @@
-"""What the scripts share: JSON on standard output, one sentence for a user's mistake."""
+"""What the scripts share: options from the command line, JSON on standard output, one sentence for
+a user's mistake.
+"""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import errno
 import json
 import logging
@@ -10,14 +13,16 @@ import os
 import signal
 import sys
 import threading
+import types
+import typing
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 from nin_text.errors import UserError
-from nin_text.options import CommonOptions, add_options, parse_options, spelled_out
+from nin_text.options import CommonOptions
+from nin_text.recipes import RECIPES
 
 Options = TypeVar("Options", bound=CommonOptions)
 
@@ -66,6 +71,68 @@ def parse(cls: type[Options], description: str | None, examples: str) -> Options
     options = parse_options(cls, parser.parse_args(spelled_out(cls, sys.argv[1:])))
     set_up_logging(quiet=options.quiet, verbose=options.verbose)
     return options
+
+
+def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
+    """Add one argument to the parser for each field of an options dataclass."""
+    hints = typing.get_type_hints(cls)
+    for spec in dataclasses.fields(cls):
+        arguments = dict(spec.metadata)
+        kind = hints[spec.name]
+        if arguments.get("nargs", "?") != "?":
+            (kind,) = typing.get_args(kind)
+        if isinstance(kind, types.UnionType):
+            kind = next(part for part in kind.__args__ if part is not type(None))
+        text = arguments.pop("help")
+        if arguments.pop("positional", False):
+            parser.add_argument(spec.name, type=kind, help=text, **arguments)
+            continue
+        flag = "--" + spec.name.replace("_", "-")
+        if arguments.get("required"):
+            text += " (required)"
+        elif spec.default is None and "default" not in text:
+            recipe = RECIPES["default"].get(spec.name, "unset")
+            text += f" (default: {recipe}{', unless the recipe differs' * (recipe != 'unset')})"
+        elif isinstance(spec.default, tuple):
+            text += f" (default: {' '.join(spec.default) or 'none'})"
+        elif spec.default is not None and kind is not bool:
+            text += " (default: %(default)s)"
+        if kind is bool:
+            if spec.default is not False:
+                arguments["action"] = argparse.BooleanOptionalAction
+            else:
+                arguments["action"] = "store_true"
+        else:
+            arguments["type"] = kind
+            if "choices" not in arguments:
+                arguments.setdefault("metavar", kind.__name__.upper())
+        parser.add_argument(flag, default=spec.default, help=text, **arguments)
+
+
+def spelled_out(cls: type, arguments: Sequence[str]) -> list[str]:
+    """Arguments in which no option whose value may be left out takes a positional for its value.
+
+    `--explain "The plot ..."` is `--explain` and a text: what follows is a value only if it is one
+    of the choices.
+    """
+    flags = {
+        "--" + spec.name.replace("_", "-"): spec.metadata
+        for spec in dataclasses.fields(cls)
+        if spec.metadata.get("nargs") == "?"
+    }
+    spelled: list[str] = []
+    for i, argument in enumerate(arguments):
+        if argument == "--":
+            return spelled + list(arguments[i:])
+        following = arguments[i + 1] if i + 1 < len(arguments) else None
+        alone = argument in flags and following not in flags[argument]["choices"]
+        spelled.append(f"{argument}={flags[argument]['const']}" if alone else argument)
+    return spelled
+
+
+def parse_options(cls: type, namespace: argparse.Namespace) -> Any:
+    """The options dataclass from parsed arguments."""
+    return cls(**{spec.name: getattr(namespace, spec.name) for spec in dataclasses.fields(cls)})
 
 
 def set_up_logging(*, quiet: bool, verbose: bool) -> None:
@@ -118,7 +185,7 @@ def _stopped_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def stop(number: int, frame: FrameType | None) -> None:
+def stop(number: int, frame: types.FrameType | None) -> None:
     """Handle a signal: raise `Terminated` or KeyboardInterrupt, but never within an import.
 
     An extension module whose initialization is interrupted raises an ImportError, and may bring
@@ -133,7 +200,7 @@ def stop(number: int, frame: FrameType | None) -> None:
     raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
 
-def _within_import(frame: FrameType | None) -> bool:
+def _within_import(frame: types.FrameType | None) -> bool:
     """True if an import that began after the work did is under way in a frame or its callers."""
     while frame is not None and frame.f_code is not _run.__code__:
         if frame.f_code.co_filename == "<frozen importlib._bootstrap>":

@@ -47,12 +47,12 @@ from nin_text.evaluation import pad, predict_logits, softmax
 from nin_text.options import (
     PRECISIONS,
     PRESET_NAMES,
-    RECIPES,
     TrainOptions,
     check,
     trained_max_length,
     with_recipe,
 )
+from nin_text.recipes import RECIPES
 from nin_text.report import move_files, write_json
 from nin_text.splits import stratified
 from nin_text.text import NiNTextForSequenceClassification

@@ -1,22 +1,19 @@
-"""Options of the scripts, each defined once, and the recipes that fill in their defaults.
+"""Options of the scripts, each defined once.
 
 This module imports nothing heavy: `--help` must answer at once.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import math
-import types
-import typing
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 from nin_text.errors import UserError
+from nin_text.recipes import RECIPES
 
 METRICS_FILE = "metrics.json"  # of a run folder
 # Of a model folder.
@@ -107,66 +104,6 @@ RANGES: dict[str, tuple[float, float]] = {
     "head_dropout": (0, 0.99),
     "shift": (0, 1024),
     "erase": (0, 1024),
-}
-
-# The stages that only NiN goes through, and averaged weights, which are tuned to it.
-_LABELS_ALONE: dict[str, Any] = {
-    "ema_decay": 0.0,
-    "ngrams": 0,
-    "pretrain_epochs": 0,
-    "self_training_epochs": 0,
-}
-_FROM_SCRATCH: dict[str, Any] = {
-    **_LABELS_ALONE,
-    "epochs": 6,
-    "learning_rate": 1e-3,
-    "weight_decay": 0.01,
-    "tokenizer": "word",
-}
-
-# What training does unless told otherwise, found on validation splits. The first entry applies to
-# every model. A data set's own entry overrides it for NiN presets; for other models, that of the
-# network's name or "fine-tuning" does.
-RECIPES: dict[str, dict[str, Any]] = {
-    "default": {
-        "epochs": 8,
-        "learning_rate": 1e-3,
-        "weight_decay": 0.1,
-        "warmup": 0.06,
-        "batch_size": 64,
-        "batch_tokens": 16_384,
-        "tokenizer": "wordpiece",
-        "vocab_size": 30_000,
-        "max_length": 0,
-        "ema_decay": 0.99,
-        "patience": 3,
-        "label_smoothing": 0.0,
-        "ngrams": 3,
-        "pretrain_epochs": 4,
-        "pretrain_learning_rate": 2e-3,
-        "self_training_epochs": 2,
-    },
-    "fine-tuning": {
-        **_LABELS_ALONE,
-        "epochs": 3,
-        "learning_rate": 5e-5,
-        "weight_decay": 0.01,
-        "batch_size": 32,
-        "max_length": 512,
-        "patience": 2,
-    },
-    "kim-cnn": _FROM_SCRATCH,
-    "dpcnn": _FROM_SCRATCH,
-    "bilstm": _FROM_SCRATCH,
-    "transformer": {**_FROM_SCRATCH, "max_length": 512},
-    "mlpconv-fc": _FROM_SCRATCH,
-    "cnn-fc": _FROM_SCRATCH,
-    "demo_reviews": {"epochs": 10},
-    "demo_topics": {"epochs": 10},
-    "imdb": {"pretrain_epochs": 2, "epochs": 2},
-    "ag_news": {"epochs": 4},
-    "sst2": {"pretrain_epochs": 0, "epochs": 4, "batch_size": 128, "dropout": 0.5},
-    "trec": {"tokenizer": "word", "ngrams": 2, "epochs": 20, "dropout": 0.5},
 }
 
 
@@ -544,65 +481,3 @@ def _check_honoured(options: TrainOptions) -> None:
             raise UserError(
                 f"{flag} is for {refused[spec.name]}; leave it out with --model {options.model}"
             )
-
-
-def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
-    """Add one argument to the parser for each field of an options dataclass."""
-    hints = typing.get_type_hints(cls)
-    for spec in dataclasses.fields(cls):
-        arguments = dict(spec.metadata)
-        kind = hints[spec.name]
-        if arguments.get("nargs", "?") != "?":
-            (kind,) = typing.get_args(kind)
-        if isinstance(kind, types.UnionType):
-            kind = next(part for part in kind.__args__ if part is not type(None))
-        text = arguments.pop("help")
-        if arguments.pop("positional", False):
-            parser.add_argument(spec.name, type=kind, help=text, **arguments)
-            continue
-        flag = "--" + spec.name.replace("_", "-")
-        if arguments.get("required"):
-            text += " (required)"
-        elif spec.default is None and "default" not in text:
-            recipe = RECIPES["default"].get(spec.name, "unset")
-            text += f" (default: {recipe}{', unless the recipe differs' * (recipe != 'unset')})"
-        elif isinstance(spec.default, tuple):
-            text += f" (default: {' '.join(spec.default) or 'none'})"
-        elif spec.default is not None and kind is not bool:
-            text += " (default: %(default)s)"
-        if kind is bool:
-            if spec.default is not False:
-                arguments["action"] = argparse.BooleanOptionalAction
-            else:
-                arguments["action"] = "store_true"
-        else:
-            arguments["type"] = kind
-            if "choices" not in arguments:
-                arguments.setdefault("metavar", kind.__name__.upper())
-        parser.add_argument(flag, default=spec.default, help=text, **arguments)
-
-
-def spelled_out(cls: type, arguments: Sequence[str]) -> list[str]:
-    """Arguments in which no option whose value may be left out takes a positional for its value.
-
-    `--explain "The plot ..."` is `--explain` and a text: what follows is a value only if it is one
-    of the choices.
-    """
-    flags = {
-        "--" + spec.name.replace("_", "-"): spec.metadata
-        for spec in dataclasses.fields(cls)
-        if spec.metadata.get("nargs") == "?"
-    }
-    spelled: list[str] = []
-    for i, argument in enumerate(arguments):
-        if argument == "--":
-            return spelled + list(arguments[i:])
-        following = arguments[i + 1] if i + 1 < len(arguments) else None
-        alone = argument in flags and following not in flags[argument]["choices"]
-        spelled.append(f"{argument}={flags[argument]['const']}" if alone else argument)
-    return spelled
-
-
-def parse_options(cls: type, namespace: argparse.Namespace) -> Any:
-    """The options dataclass from parsed arguments."""
-    return cls(**{spec.name: getattr(namespace, spec.name) for spec in dataclasses.fields(cls)})

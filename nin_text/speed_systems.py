@@ -26,8 +26,9 @@ from nin_text.data import TextDataset
 from nin_text.device import keep_freed_memory
 from nin_text.errors import UserError
 from nin_text.evaluation import batches_by_length, pad, predict_logits, softmax
-from nin_text.options import PACKAGED, PRESET_NAMES, RECIPES, model_folder
+from nin_text.options import PACKAGED, PRESET_NAMES, model_folder
 from nin_text.predictor import Predictor
+from nin_text.recipes import RECIPES
 from nin_text.text import NiNTextForSequenceClassification
 from nin_text.tokenization import cached_tokenizer, encode
 

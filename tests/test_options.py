@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from nin_text.cli import add_options, parse_options, spelled_out
 from nin_text.configuration import NETWORKS, PRESETS
 from nin_text.data import KNOWN
 from nin_text.demo_data import LABELS
@@ -16,16 +17,13 @@ from nin_text.errors import UserError
 from nin_text.options import (
     NETWORK_NAMES,
     PRESET_NAMES,
-    RECIPES,
     EvaluateOptions,
     PredictOptions,
     TrainOptions,
-    add_options,
     check,
-    parse_options,
-    spelled_out,
     with_recipe,
 )
+from nin_text.recipes import RECIPES
 
 
 def parse(*arguments: str) -> TrainOptions:

@@ -27,7 +27,7 @@ from nin_text import benchmark, processes, report
 from nin_text.baselines import count_tokens
 from nin_text.benchmark import Sample
 from nin_text.comparison_report import print_table, to_html, to_markdown, to_plots
-from nin_text.data import Split, TextDataset
+from nin_text.data import TextDataset, fewest_labelled, labelled_examples, reduced
 from nin_text.device import pick_device, use_bf16
 from nin_text.errors import UserError
 from nin_text.evaluation import classification_metrics, paired_difference
@@ -43,7 +43,6 @@ from nin_text.options import (
     check,
 )
 from nin_text.run_folder import ANSWERS_FILE
-from nin_text.splits import SPLIT_SEED
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +51,6 @@ SYSTEM_FILE = "system.json"  # written last: a system without it is fitted again
 OWNER_FILE = "spec.json"  # whose folder it is
 PLOTS = "plots"
 LENGTH_BINS = 5
-SMALLEST_CURVE = 20
 FLOOR = 1e-7  # of a probability, before its logarithm is taken
 THREADS = {"linear": 1, "fasttext": 12}  # of training, where the system decides itself
 
@@ -164,7 +162,7 @@ def _check_options(options: CompareOptions, names: dict[str, str], dataset: Text
         )
     for spec in names.values():
         create(spec, options)
-    least, most = max(SMALLEST_CURVE, 2 * len(dataset.label_names)), _labelled(dataset)
+    least, most = fewest_labelled(dataset), labelled_examples(dataset)
     for size in options.curve:
         if not least <= size <= most:
             raise UserError(
@@ -173,16 +171,13 @@ def _check_options(options: CompareOptions, names: dict[str, str], dataset: Text
             )
 
 
-def _labelled(dataset: TextDataset) -> int:
-    return len(dataset.splits["train"]) + len(dataset.splits["validation"])
-
-
 def _open_folder(folder: Path, options: CompareOptions, dataset: TextDataset) -> None:
     """Make the output folder; refuse one that holds a comparison of something else."""
     decisive = {
         "dataset": options.dataset,
         "data_fingerprint": dataset.fingerprint(),
         "limit": options.limit,
+        "labelled": options.labelled,
         "unlabelled": options.unlabelled,
         "precision": options.precision,
         "device": str(pick_device(options.device)),
@@ -283,29 +278,6 @@ def _curve_point(
     point = {"examples": size, "accuracy": accuracy, "train_seconds": record["train_seconds"]}
     report.write_json(path, point)
     shutil.rmtree(part)
-
-
-def reduced(dataset: TextDataset, size: int) -> TextDataset:
-    """The data set with `size` labelled examples in all, and the whole test split.
-
-    Training and validation split keep their shares; smaller sizes are parts of larger ones.
-    """
-    splits = dict(dataset.splits)
-    labelled = len(splits["train"]) + len(splits["validation"])
-    held_out = max(1, round(size * len(splits["validation"]) / labelled))
-    for split, kept in (("validation", held_out), ("train", size - held_out)):
-        splits[split] = _take(splits[split], kept)
-    return replace(dataset, splits=splits)
-
-
-def _take(split: Split, size: int) -> Split:
-    """`size` examples by a fixed order that puts one of each class in front."""
-    order = np.random.default_rng(SPLIT_SEED).permutation(len(split))
-    labels = np.asarray(split.labels)[order]
-    _, first = np.unique(labels, return_index=True)
-    first.sort()  # by that order, not by class: the split may have fewer examples than classes
-    order = np.concatenate([order[first], np.delete(order, first)])
-    return split.take(order[:size].tolist())
 
 
 def _fit(
@@ -549,7 +521,7 @@ def _curve(
     """Test accuracy against labelled examples, all of them included."""
     paths = [folder / f"curve-{size}.json" for size in sorted(set(options.curve))]
     points = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
-    whole = {"examples": _labelled(dataset), "accuracy": judged["test"]["accuracy"]}
+    whole = {"examples": labelled_examples(dataset), "accuracy": judged["test"]["accuracy"]}
     return [*points, whole] if points else []
 
 

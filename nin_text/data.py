@@ -15,6 +15,7 @@ from nin_text import demo_data, readers
 from nin_text.errors import UserError
 from nin_text.readers import Table
 from nin_text.splits import (
+    SPLIT_SEED,
     announce,
     check_present,
     finish_splits,
@@ -27,6 +28,7 @@ from nin_text.splits import (
 logger = logging.getLogger(__name__)
 
 NETWORK_TIMEOUT = 5.0  # seconds
+MIN_LABELLED = 20
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,8 @@ def load_text_dataset(
     drop_empty: bool = False,
     limit: int | None = None,
     unsupervised: bool = False,
+    unlabelled_file: Path | None = None,
+    labelled: int | None = None,
 ) -> TextDataset:
     """Find and read a data set, and make the splits that it does not bring.
 
@@ -150,6 +154,10 @@ def load_text_dataset(
         drop_empty: leave out rows whose text is empty or missing instead of refusing them.
         limit: keep this many examples of each split, drawn with a fixed seed.
         unsupervised: also read the unlabelled texts, where there are any.
+        unlabelled_file: more of them, see `readers.find_files`; those that are in the validation or
+            test split are left out.
+        labelled: use the labels of so many examples of training and validation split alone; the
+            texts of the others are added to the unlabelled ones, if these are read.
 
     Raises:
         UserError: whatever is wrong with the data, in one sentence.
@@ -182,11 +190,20 @@ def load_text_dataset(
         for split, (texts, labels) in columns.items()
     }
     if "unsupervised" in splits:
-        texts = splits["unsupervised"].texts
-        splits["unsupervised"] = Split(texts, [-1] * len(texts))
+        splits["unsupervised"] = _unlabelled(splits["unsupervised"].texts)
     splits = finish_splits(splits, label_names, notes, limit)
-    announce(name, raw.source, label_names, splits, notes)
-    return TextDataset(name, raw.source, label_names, splits, notes)
+    if unlabelled_file is not None:
+        known = {text for split in ("validation", "test") for text in splits[split].texts}
+        more = _read_unlabelled(unlabelled_file, text_column, known)
+        before = splits.get("unsupervised", Split([], [])).texts
+        splits["unsupervised"] = _unlabelled([*before, *more])
+        if limit is not None:
+            splits["unsupervised"] = subset(splits["unsupervised"], limit)
+    dataset = TextDataset(name, raw.source, label_names, splits, notes)
+    if labelled is not None:
+        dataset = _without_labels(dataset, labelled, keep_texts=unsupervised)
+    announce(name, raw.source, label_names, dataset.splits, notes)
+    return dataset
 
 
 def load_split(
@@ -238,6 +255,81 @@ def load_split(
             label_indices([data.label_names[label] for label in part.labels], label_names, split),
         )
     return part, data.source, data.notes
+
+
+def labelled_examples(dataset: TextDataset) -> int:
+    """How many there are to learn from and to choose by: training and validation split."""
+    return len(dataset.splits["train"]) + len(dataset.splits["validation"])
+
+
+def fewest_labelled(dataset: TextDataset) -> int:
+    """How many labelled examples training takes at the least."""
+    return max(MIN_LABELLED, 2 * len(dataset.label_names))
+
+
+def reduced(dataset: TextDataset, size: int) -> TextDataset:
+    """The data set with `size` labelled examples in all, and the whole test split.
+
+    Training and validation split keep their shares; smaller sizes are parts of larger ones.
+    """
+    splits = dict(dataset.splits)
+    held_out = max(1, round(size * len(splits["validation"]) / labelled_examples(dataset)))
+    for split, kept in (("validation", held_out), ("train", size - held_out)):
+        splits[split] = splits[split].take(_order(splits[split])[:kept])
+    return replace(dataset, splits=splits)
+
+
+def _without_labels(dataset: TextDataset, size: int, *, keep_texts: bool) -> TextDataset:
+    """`reduced`, whose other texts are unlabelled ones if they are kept."""
+    least, most = fewest_labelled(dataset), labelled_examples(dataset)
+    if not least <= size <= most:
+        raise UserError(
+            f"--labelled must be between {least} and the {most:,} labelled examples that there "
+            f"are, not {size}"
+        )
+    small = reduced(dataset, size)
+    what = "the others are left out"
+    if keep_texts:
+        others = [
+            text
+            for split in ("train", "validation")
+            for text in dataset.splits[split]
+            .take(_order(dataset.splits[split])[len(small.splits[split]) :])
+            .texts
+        ]
+        small.splits["unsupervised"] = _unlabelled(
+            [*small.splits.get("unsupervised", Split([], [])).texts, *others]
+        )
+        what = f"the texts of the other {most - size:,} are used without theirs"
+    small.notes.append(f"the labels of {size:,} of {most:,} examples are used; {what}")
+    return small
+
+
+def _order(split: Split) -> list[int]:
+    """A fixed order of the indices that puts one example of each class in front."""
+    import numpy as np
+
+    order = np.random.default_rng(SPLIT_SEED).permutation(len(split))
+    _, first = np.unique(np.asarray(split.labels)[order], return_index=True)
+    first.sort()  # by that order, not by class: the split may have fewer examples than classes
+    return np.concatenate([order[first], np.delete(order, first)]).tolist()
+
+
+def _unlabelled(texts: list[str]) -> Split:
+    return Split(texts, [-1] * len(texts))
+
+
+def _read_unlabelled(place: Path, text_column: str | None, known: set[str]) -> list[str]:
+    """The texts of one or more files that are not empty and not among the known ones."""
+    texts: list[str] = []
+    for path in readers.find_files(place):
+        texts += [text for _, text, _ in readers.stream_texts(path, text_column)]
+    kept = [text for text in texts if not is_empty(text) and text not in known]
+    if not kept:
+        raise UserError(f"{place} holds no text but empty ones and those of the test split")
+    if len(kept) < len(texts):
+        logger.info("%s: %s texts are empty or of the test split", place, len(texts) - len(kept))
+    return kept
 
 
 # ---- finding -----------------------------------------------------------------------------------

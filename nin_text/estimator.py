@@ -32,7 +32,6 @@ from transformers.utils.logging import (
 )
 
 from nin_text import models, ngrams, stages
-from nin_text.callbacks import Patience
 from nin_text.configuration import MULTI_LABEL
 from nin_text.device import pick_device
 from nin_text.errors import UserError
@@ -52,6 +51,7 @@ from nin_text.options import (
     trained_max_length,
     with_recipe,
 )
+from nin_text.pretraining import choose_targets
 from nin_text.recipes import RECIPES
 from nin_text.report import move_files, write_json
 from nin_text.splits import stratified
@@ -353,24 +353,32 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
         parts = None if weight is None else weight[rest]
         if branch is not None:
             ngrams.fit(branch, train.rows, labels[rest], sample_weight=parts)
-            expected = ngrams.expected_scale(branch, train.rows, labels[rest], sample_weight=parts)
+            held_out = ngrams.held_out_logits(branch, train.rows, labels[rest], sample_weight=parts)
+            expected = stages.expected_scales(held_out, labels[rest], labels_alone=True)
         common = shared_arguments(options, pick_device(self.device))
         with tempfile.TemporaryDirectory(prefix="nin-text-") as folder:
             if branch is not None and options.pretrain_epochs:
-                stages.pretrain(model, train, None, Path(folder), options, **common)
+                worth = choose_targets(branch, train.rows)
+                place, passes = Path(folder) / "pretraining", options.pretrain_epochs
+                stages.pretrain(model, train.rows, worth, place, options, passes, **common)
             place, epochs = Path(folder) / "training", options.epochs
             trainer = text_trainer(
-                model, tokenizer, options, place, train, validation, epochs=epochs, **common
+                model,
+                tokenizer,
+                options,
+                place,
+                train,
+                validation,
+                epochs=epochs,
+                best_pass=self.early_stopping,
+                **common,
             )
-            if not self.early_stopping:
-                trainer.remove_callback(Patience)
-                trainer.args.load_best_model_at_end = False
             trainer.train()
             # The averaged copy: the Trainer leaves the model itself wrapped for bfloat16.
             best = trainer.best_model
             assert isinstance(best, NiNTextForSequenceClassification) and best is not model
             if best.ngrams is not None:
-                scale = stages.fuse(trainer, expected, labels_alone=True)
+                scale = stages.fuse(trainer, expected)
                 ngrams.fit(best.ngrams, rows, labels, sample_weight=weight)
                 best.rescale(1.0, scale)
         return best, round(trainer.state.epoch or 0)

@@ -37,7 +37,8 @@ LEAST_TEXTS = 2  # that an n-gram must be in: what a single text has tells littl
 CHUNK_TOKENS = 2**18  # whose n-grams are sorted at once
 LEAST_SCALE = 0.01
 PULL = 30.0  # of `cautious_scales`
-FOLDS, MOST_FOLDED = 5, 5_000  # parts of `expected_scale`, and texts for which it is worth the time
+FOLDS = 5
+FEW = 5_000  # labelled texts, at most, of which every one is worth being learned from and judged by
 
 
 def ngram_buckets(ids: Tensor, mask: Tensor, size: int, buckets: int) -> Tensor:
@@ -331,36 +332,38 @@ def predict(branch: NGramEvidence, rows: Sequence[np.ndarray]) -> np.ndarray:
     return np.asarray(counts @ branch.weight.cpu().numpy() + branch.bias.cpu().numpy())
 
 
-def expected_scale(
+def folds(count: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Indices of the rest and of the fold, `FOLDS` times; none if texts are too few or many."""
+    if not FOLDS <= count <= FEW:
+        return []
+    order = np.random.default_rng(0).permutation(count)
+    return [(np.setdiff1d(order, held), held) for held in np.array_split(order, FOLDS)]
+
+
+def held_out_logits(
     branch: NGramEvidence,
     rows: Sequence[np.ndarray],
     labels: np.ndarray,
     class_weights: Sequence[float] | None = None,
     sample_weight: np.ndarray | None = None,
-) -> float:
-    """The factor on the logits of the branch that suits texts it was not fitted to.
+) -> np.ndarray | None:
+    """(n, K) logits of each text by a branch fitted to the other folds; None if there are none.
 
     Fitted to few texts it is too sure of others. A validation split of a few dozen texts hardly
-    tells by how much; all labelled texts do, each judged by a branch fitted to the other folds.
+    tells by how much; all labelled texts do.
 
     Args:
         branch: gives the sizes; it is left as it is.
         rows, labels, class_weights, sample_weight: as of `fit`.
-
-    Returns:
-        The factor; 1 with more than `MOST_FOLDED` texts or with too few to be divided.
     """
-    if not FOLDS <= len(rows) <= MOST_FOLDED:
-        return 1.0
+    parts = folds(len(rows))
     logits = np.zeros((len(rows), len(branch.bias)))  # (n, K)
-    order = np.random.default_rng(0).permutation(len(rows))
     other = NGramEvidence(branch.size, branch.buckets, len(branch.bias))
-    for held in np.array_split(order, FOLDS):
-        rest = np.setdiff1d(order, held)
+    for rest, held in parts:
         weight = None if sample_weight is None else sample_weight[rest]
         fit(other, [rows[i] for i in rest], labels[rest], class_weights, weight)
         logits[held] = predict(other, [rows[i] for i in held])
-    return float(best_scales([logits], labels)[0])
+    return logits if parts else None
 
 
 def best_scales(
@@ -377,7 +380,7 @@ def best_scales(
 
     Args:
         parts: (n, K) logits each.
-        labels: (n,) class index of each example.
+        labels: (n,) class index of each example, or (n, K) class probabilities.
         expected: the factor of each part that is taken for likely beforehand; 1 each if None.
         strength: of the pull: the loss summed over all examples grows by half of this at a
             distance of 1.
@@ -386,17 +389,16 @@ def best_scales(
 
     stacked = np.stack(parts).astype(np.float64)  # (parts, n, K)
     centre = np.ones(len(parts)) if expected is None else np.asarray(expected)
-    picked = np.arange(len(labels)), labels
+    target = np.eye(stacked.shape[2])[labels] if labels.ndim == 1 else labels  # (n, K)
 
     def loss(scales: np.ndarray) -> tuple[float, np.ndarray]:
         logits = np.tensordot(scales, stacked, 1)  # (n, K)
         logits -= logits.max(axis=1, keepdims=True)
         probabilities = np.exp(logits)
         probabilities /= probabilities.sum(axis=1, keepdims=True)
-        value = -np.log(np.maximum(probabilities[picked], 1e-300)).sum()
+        value = -(target * np.log(np.maximum(probabilities, 1e-300))).sum()
         value += strength * ((scales - centre) ** 2).sum() / 2
-        probabilities[picked] -= 1
-        gradient = np.tensordot(stacked, probabilities, 2) + strength * (scales - centre)
+        gradient = np.tensordot(stacked, probabilities - target, 2) + strength * (scales - centre)
         return value / len(labels), gradient / len(labels)
 
     start = np.full(len(parts), 0.5)

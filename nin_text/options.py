@@ -69,7 +69,7 @@ PRECISION_HELP = "bf16, fp32, or auto for bf16 where the processor multiplies it
 NIN_ONLY = (
     "pooling pointwise_layers word_dropout dropout class_weights label_smoothing ngrams "
     "ngram_buckets pretrain_epochs pretrain_learning_rate self_training_epochs init_embeddings "
-    "teacher"
+    "teacher unlabelled_file"
 ).split()
 ENCODER_OPTIONS = "pooling pointwise_layers init_embeddings".split()
 TOKENIZER_OPTIONS = "tokenizer vocab_size lowercase".split()
@@ -77,6 +77,7 @@ TOKENIZER_OPTIONS = "tokenizer vocab_size lowercase".split()
 # Lowest and highest value that each option may have.
 RANGES: dict[str, tuple[float, float]] = {
     "limit": (1, math.inf),
+    "labelled": (1, math.inf),
     "vocab_size": (100, 2**22),  # room for all of it is set aside at once
     "max_length": (0, 2**31 - 1),
     "word_dropout": (0, 0.99),
@@ -136,6 +137,31 @@ class DataOptions:
 
 
 @dataclass
+class LearningOptions(DataOptions):
+    """Which of the examples are learned from."""
+
+    labelled: int | None = option(
+        "use the labels of only this many examples of training and validation split together; NiN "
+        "presets read the others without (default: all)",
+        metavar="N",
+    )
+    unlabelled: bool = option("NiN presets also learn from unlabelled texts that there are", True)
+    unlabelled_file: Path | None = option(
+        "texts without labels for NiN presets to learn from: a file (.csv, .tsv, .jsonl, .json, "
+        ".parquet, or .txt with a text on each line), a folder of such, or a pattern",
+        metavar="FILE",
+    )
+
+    def arguments(self) -> dict[str, Any]:
+        """As of `DataOptions`, and which unlabelled texts `load_text_dataset` is to read."""
+        return super().arguments() | {
+            "labelled": self.labelled,
+            "unsupervised": self.unlabelled,
+            "unlabelled_file": self.unlabelled_file,
+        }
+
+
+@dataclass
 class CommonOptions:
     """What every script understands."""
 
@@ -145,7 +171,7 @@ class CommonOptions:
 
 
 @dataclass
-class TrainOptions(CommonOptions, DataOptions):
+class TrainOptions(CommonOptions, LearningOptions):
     """How a text classifier is trained.
 
     What is None until `with_recipe` fills it in is left to the recipe (see RECIPES).
@@ -190,7 +216,6 @@ class TrainOptions(CommonOptions, DataOptions):
     )
     pretrain_learning_rate: float = option("peak learning rate of pretraining")
     epochs: int = option("passes over the training split")
-    unlabelled: bool = option("also learn from unlabelled texts that the data set has", True)
     self_training_epochs: int = option(
         "last, if there are unlabelled texts: passes over these and the training split, with the "
         "answers of the model so far in place of labels"
@@ -225,7 +250,7 @@ class TrainOptions(CommonOptions, DataOptions):
     resume: bool = option("continue the run in the output folder from its last checkpoint", False)
 
     def arguments(self) -> dict[str, Any]:
-        """As of `DataOptions`, and whether `load_text_dataset` is to read unlabelled texts."""
+        """As of `LearningOptions`; no unlabelled texts if the model has no use for them."""
         return super().arguments() | {"unsupervised": is_nin(self.model) and self.unlabelled}
 
 
@@ -309,7 +334,7 @@ class ExportOptions(CommonOptions, DataOptions):
 
 
 @dataclass
-class CompareOptions(CommonOptions, DataOptions):
+class CompareOptions(CommonOptions, LearningOptions):
     """How systems are compared."""
 
     models: list[str] = option(
@@ -335,7 +360,6 @@ class CompareOptions(CommonOptions, DataOptions):
     )
     rounds: int = option("rounds of timing (0: none); every system has its turn in each", 5)
     threads: int | None = option("threads of each system (default: one for each core)")
-    unlabelled: bool = option("NiN also learns from unlabelled texts that the data set has", True)
     precision: str = option(PRECISION_HELP, "auto", choices=PRECISIONS)
     seed: int = option("seed of everything that is trained", 0)
     output_dir: Path | None = option(
@@ -348,10 +372,6 @@ class CompareOptions(CommonOptions, DataOptions):
         f"{QUICK_ROUNDS} rounds",
         False,
     )
-
-    def arguments(self) -> dict[str, Any]:
-        """As of `DataOptions`, and whether `load_text_dataset` is to read unlabelled texts."""
-        return super().arguments() | {"unsupervised": self.unlabelled}
 
 
 @dataclass
@@ -391,6 +411,8 @@ def check(options: CommonOptions) -> None:
         raise UserError("--init-embeddings and --teacher need a name; leave them out for neither")
     if isinstance(options, TrainOptions) and options.ngrams == 0 and options.pretrain_epochs:
         raise UserError("--pretrain-epochs predicts n-grams: it cannot go with --ngrams 0")
+    if isinstance(options, LearningOptions) and options.unlabelled_file and not options.unlabelled:
+        raise UserError("--unlabelled-file cannot go with --no-unlabelled")
     if isinstance(options, PredictOptions) and options.output is None:
         for name in ("id_column", "keep_text", "resume", "overwrite", "engine", "ray_address"):
             if getattr(options, name) != PredictOptions.__dataclass_fields__[name].default:

@@ -28,6 +28,9 @@ from nin_text.text import NiNTextModel
 MAX_TARGETS = 30_000
 # N-grams in more than this share of the texts count less (Mikolov et al. 2013, arXiv 1310.4546).
 FREQUENT = 0.01
+# A word that labels say nothing of, though it is in `COMMON` texts and no more than `TOO_COMMON` of
+# them: its evidence in units of the mean of the others.
+UNKNOWN, COMMON, TOO_COMMON = 2.0, 5, 0.3
 NEAREST_CUT = 0.25  # no part is shorter than this share of its text
 
 
@@ -57,13 +60,20 @@ def choose_targets(branch: ngrams.NGramEvidence, rows: Sequence[np.ndarray]) -> 
 
     Args:
         branch: fitted to the labels.
-        rows: token ids of texts in which to count.
+        rows: token ids of texts in which to count. They may be more than the labelled ones: what
+            is in none of these may be worth predicting, too, if it is a single word.
     """
     weights = branch.weight.cpu().numpy()  # (buckets, K)
     evidence = weights.max(axis=1) - weights.min(axis=1)  # (buckets,)
-    counts = np.bincount(
-        ngrams.features(rows, branch.size, branch.buckets).indices, minlength=branch.buckets
-    )
+
+    def counted(size: int) -> np.ndarray:
+        found = ngrams.features(rows, size, branch.buckets).indices
+        return np.bincount(found, minlength=branch.buckets)  # (buckets,)
+
+    counts, words = counted(branch.size), counted(1)
+    if evidence.any():
+        unknown = (evidence == 0) & (words >= COMMON) & (words <= TOO_COMMON * len(rows))
+        evidence[unknown] = UNKNOWN * evidence[evidence > 0].mean()
     score = evidence * np.sqrt(counts)
     kept = np.argsort(-score, kind="stable")[:MAX_TARGETS]
     kept = np.sort(kept[score[kept] > 0])

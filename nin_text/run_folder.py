@@ -123,6 +123,8 @@ def discard(checkpoints: Path) -> None:
 
 def best_epoch(trainer: ClassifierTrainer) -> int | None:
     """The epoch whose weights were kept."""
+    if not trainer.args.load_best_model_at_end:
+        return round(trainer.state.epoch or 0)
     step = trainer.state.best_global_step
     epochs = [e["epoch"] for e in trainer.state.log_history if e["step"] == step]
     return round(epochs[0]) if epochs else None

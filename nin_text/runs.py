@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from nin_text import models, report, run_folder, stages, transfer
+from nin_text import models, ngrams, report, run_folder, stages, transfer
 from nin_text.data import TextDataset, load_text_dataset
 from nin_text.device import keep_freed_memory, pick_device
 from nin_text.errors import UserError
 from nin_text.explain_page import mistakes_html
 from nin_text.options import TrainOptions, check, is_nin, saved_nin, with_recipe
+from nin_text.pretraining import Targets, choose_targets
 from nin_text.run_folder import CHECKPOINTS
 from nin_text.text import NiNTextForSequenceClassification
 from nin_text.tokenization import encode
@@ -35,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 # Of the folder of checkpoints.
 TEACHER_FILE, EMBEDDINGS_FILE = "teacher.safetensors", "embeddings.safetensors"
+ANSWERS_FILE = "answers.safetensors"
 
 
 def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dict[str, Any]:
@@ -54,8 +57,8 @@ def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dic
     check(options)
     if dataset is None:
         dataset = load_text_dataset(options.dataset, **options.arguments())
-    train = dataset.splits["train"]
-    options = with_recipe(options, len(train))
+    texts = _texts_to_prepare_for(options, dataset)
+    options = with_recipe(options, len(texts))
     device = pick_device(options.device)
     folder = run_folder.folder_of(options)
     record = run_folder.essentials(options, dataset.fingerprint())
@@ -71,7 +74,8 @@ def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dic
         keep_freed_memory()
     set_seed(options.seed)
     with processes.main_process_first():  # it trains the tokenizer, the others find it in the cache
-        model, tokenizer = models.build(options, train.texts, train.labels, dataset.label_names)
+        labels = dataset.splits["train"].labels
+        model, tokenizer = models.build(options, texts, labels, dataset.label_names)
         teacher = _take_over(options, folder, model, tokenizer, dataset.label_names, device)
     # Not before all that is named in the options has been found: this discards an unfinished run.
     if processes.is_main_process:
@@ -88,7 +92,8 @@ def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dic
             encode(tokenizer, part.texts, options.max_length, progress=title), part.labels
         )
 
-    encoded = {split: encode_split(split) for split in dataset.splits if split != "test"}
+    left_out = {"test"} if options.unlabelled else {"test", "unsupervised"}
+    encoded = {split: encode_split(split) for split in dataset.splits if split not in left_out}
     logger.info(
         "%s: %s parameters, vocabulary %s, on %s",
         options.model,
@@ -97,10 +102,18 @@ def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dic
         device,
     )
     clock = time.perf_counter()
+    learner = _Learner(
+        options,
+        model,
+        tokenizer,
+        encoded["validation"],
+        folder / CHECKPOINTS,
+        shared_arguments(options, device),
+    )
+    texts_of = {split: dataset.splits[split].texts for split in encoded}
     with run_folder.saying_where(folder):
-        trainer, seconds, ngram_scale = _train(
-            options, folder, device, model, tokenizer, encoded, dataset, teacher
-        )
+        trainer = _train(learner, encoded, texts_of, teacher, device)
+    seconds = learner.seconds
     # Of a resumed run, the seconds before count as well.
     before = max(0.0, sum(seconds.values()) - (time.perf_counter() - clock))
     table = getattr(trainer.model, "ngrams", None)
@@ -119,7 +132,7 @@ def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dic
     score("validation")
     mistakes = _mistakes(options, dataset, trainer, tokenizer, answers["validation"])
     if options.ngrams:
-        stages.refit_ngrams(trainer, encoded["train"], ngram_scale)
+        stages.refit_ngrams(trainer, encoded["train"], learner.ngram_scale, learner.answered)
     models.round_weights(trainer.best_model, options.save_dtype)
     # All that it took to make the classifier, reading the data left out.
     metrics["fit_seconds"] = round(before + time.perf_counter() - started, 2)
@@ -139,83 +152,164 @@ def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dic
     return run_folder.summary(metrics, folder)
 
 
-def _train(
-    options: TrainOptions,
-    folder: Path,
-    device: torch.device,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    encoded: dict[str, EncodedTexts],
-    dataset: TextDataset,
-    teacher: Teacher | None,
-) -> tuple[TextTrainer, dict[str, float], float]:
-    """All stages of training.
+def _texts_to_prepare_for(options: TrainOptions, dataset: TextDataset) -> Sequence[str]:
+    """What the vocabulary and the sizes of the model are made for: the labelled training texts.
 
-    Returns:
-        The trainer of the last stage, the seconds of each, and the factor on the n-grams.
+    If they are few, the vocabulary is also made for unlabelled ones, of which more will be learned.
     """
-    checkpoints = folder / CHECKPOINTS
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    common = shared_arguments(options, device)
-    ngram_scale = expected = 1.0
+    texts = dataset.splits["train"].texts
+    if len(texts) <= ngrams.FEW and options.unlabelled and "unsupervised" in dataset.splits:
+        return [*texts, *dataset.splits["unsupervised"].texts]
+    return texts
 
-    def train(name: str, epochs: int, texts: EncodedTexts) -> TextTrainer:
-        nonlocal ngram_scale
-        validation = encoded["validation"]
+
+@dataclass
+class _Learner:
+    """A model on its way through the stages, and what all of them need.
+
+    Attributes:
+        seconds: of each stage so far.
+        expected: factors on network and n-grams, for `stages.fuse`.
+        answered: unlabelled texts to which the n-gram branch has been fitted, too.
+        ngram_scale: the factor that `stages.fuse` found for the branch last.
+    """
+
+    options: TrainOptions
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    validation: EncodedTexts
+    checkpoints: Path
+    common: dict[str, Any]
+    seconds: dict[str, float] = field(default_factory=dict)
+    expected: tuple[float, float] = (1.0, 1.0)
+    answered: stages.Answered | None = None
+    ngram_scale: float = 1.0
+
+    def train(
+        self, name: str, epochs: int, texts: EncodedTexts, *, best_pass: bool = True
+    ) -> TextTrainer:
+        """Train the model, and weigh it against the n-grams."""
         trainer = text_trainer(
-            model,
-            tokenizer,
-            options,
-            checkpoints / name,
+            self.model,
+            self.tokenizer,
+            self.options,
+            self.checkpoints / name,
             texts,
-            validation,
+            self.validation,
             epochs=epochs,
-            **common,
+            best_pass=best_pass,
+            **self.common,
         )
         trainer.train_or_resume()
-        seconds[name] = trainer.seconds
-        if options.ngrams:
-            ngram_scale = stages.fuse(trainer, expected, labels_alone=alone)
+        self.seconds[name] = trainer.seconds
+        if self.options.ngrams:
+            self.ngram_scale = stages.fuse(trainer, self.expected)
         return trainer
 
+    def pretrain(
+        self, name: str, epochs: int, texts: Sequence[np.ndarray], targets: Targets
+    ) -> None:
+        """Pretrain the encoder."""
+        self.seconds[name] = stages.pretrain(
+            self.nin, texts, targets, self.checkpoints / name, self.options, epochs, **self.common
+        )
+
+    @property
+    def nin(self) -> NiNTextForSequenceClassification:
+        """The model, which is a NiN."""
+        assert isinstance(self.model, NiNTextForSequenceClassification)
+        return self.model
+
+
+def _train(
+    learner: _Learner,
+    encoded: dict[str, EncodedTexts],
+    texts: Mapping[str, Sequence[str]],
+    teacher: Teacher | None,
+    device: torch.device,
+) -> TextTrainer:
+    """All stages of training; the trainer of the last one.
+
+    Args:
+        learner: its model is trained.
+        encoded, texts: of each split but "test", and of "unsupervised" if it is to be learned from.
+        teacher: may be None if its answers have been saved, or if there is none.
+        device: where to compute.
+    """
+    options = learner.options
+    learner.checkpoints.mkdir(parents=True, exist_ok=True)
     labelled, unlabelled = encoded["train"], encoded.get("unsupervised")
-    if not options.unlabelled or not unlabelled:
-        unlabelled = None
-    outside = (options.teacher, options.init_embeddings, saved_nin(options.model), unlabelled)
-    alone = not any(outside)
-    seconds: dict[str, float] = {}
     opinions = None
     if options.teacher is not None:
-        splits = ["train", "unsupervised"] if unlabelled else ["train"]
-        opinions, seconds["teacher"] = stages.ask_teacher(
+        opinions, learner.seconds["teacher"] = stages.ask_teacher(
             teacher,
             options,
-            [text for split in splits for text in dataset.splits[split].texts],
-            checkpoints / TEACHER_FILE,
+            [*texts["train"], *texts.get("unsupervised", [])],
+            learner.checkpoints / TEACHER_FILE,
             device,
         )
     if options.ngrams:
-        assert isinstance(model, NiNTextForSequenceClassification)
-        expected = stages.fit_ngrams(model, labelled, encoded["validation"])
+        held_out = stages.fit_ngrams(learner.nin, labelled, learner.validation)
+        outside = (options.teacher, options.init_embeddings, saved_nin(options.model), unlabelled)
+        learner.expected = stages.expected_scales(
+            held_out, labelled.labels, labels_alone=not any(outside)
+        )
+        learns_answers = opinions is None and options.self_training_epochs
+        if held_out is not None and unlabelled and learns_answers:
+            return _learn_from_few_labels(learner, labelled, unlabelled, held_out)
         if options.pretrain_epochs:
-            seconds["pretraining"] = stages.pretrain(
-                model, labelled, unlabelled, checkpoints, options, **common
-            )
+            rows = [*labelled.rows, *(unlabelled.rows if unlabelled else [])]
+            targets = choose_targets(stages.branch_of(learner.nin), labelled.rows)
+            learner.pretrain("pretraining", options.pretrain_epochs, rows, targets)
     if opinions is not None:
         labelled, unlabelled = stages.taught(labelled, unlabelled, opinions), None
-    if not options.self_training_epochs or unlabelled is None:
-        return train("training", options.epochs, labelled), seconds, ngram_scale
-    path = checkpoints / "answers.safetensors"
+    if not options.self_training_epochs or not unlabelled:
+        return learner.train("training", options.epochs, labelled)
+    path = learner.checkpoints / ANSWERS_FILE
     saved = stages.saved_answers(path)
     if saved is None:
-        start = copy.deepcopy(model.state_dict())
-        first = train("training", options.epochs, labelled)
+        start = copy.deepcopy(learner.model.state_dict())
+        first = learner.train("training", options.epochs, labelled)
         answers = stages.label_unlabelled(first, unlabelled, path)
-        model.load_state_dict(start)
+        learner.model.load_state_dict(start)
     else:
-        answers, seconds["training"] = saved
-    texts = stages.with_answers(labelled, unlabelled, answers)
-    return train("self-training", options.self_training_epochs, texts), seconds, ngram_scale
+        answers, learner.seconds["training"] = saved
+    together = stages.with_answers(labelled, unlabelled, answers)
+    return learner.train("self-training", options.self_training_epochs, together)
+
+
+def _learn_from_few_labels(
+    learner: _Learner, labelled: EncodedTexts, unlabelled: EncodedTexts, held_out: np.ndarray
+) -> TextTrainer:
+    """Few texts with labels, and more without: pretraining and a probe, twice, then self-training.
+
+    What is worth predicting is told by the labels at first, and then by the first answers.
+    """
+    passes = learner.options.pretrain_epochs
+    rounds = [("pretraining", passes), ("pretraining-again", -(-passes // 2))]
+    for i, (name, epochs) in enumerate(rounds if passes else rounds[:1]):
+        if epochs:
+            rows = [*labelled.rows, *unlabelled.rows]
+            targets = choose_targets(stages.branch_of(learner.nin), rows)
+            learner.pretrain(name, epochs, rows, targets)
+        if i:  # back to what labels alone tell, as it was held out
+            branch, weights = stages.branch_of(learner.nin), learner.nin.config.class_weights
+            ngrams.fit(branch, labelled.rows, labelled.labels, weights)
+        answered, learner.seconds[f"probe {i + 1}"] = stages.probe(
+            learner.nin,
+            labelled,
+            unlabelled,
+            held_out,
+            learner.checkpoints / f"probe-{i + 1}.safetensors",
+        )
+        scale = stages.fit_ngrams_to_answers(learner.nin, labelled, answered)
+    learner.answered = answered
+    learner.expected = 0.5, scale / 2  # the mean of two that have learned the same
+    together = stages.with_answers(labelled, unlabelled, answered.answers)
+    # So few labels as there are to choose a pass by would choose by chance.
+    return learner.train(
+        "self-training", learner.options.self_training_epochs, together, best_pass=False
+    )
 
 
 def _take_over(

@@ -1,16 +1,19 @@
 """What a NiN classifier goes through beside training on labels, in this order.
 
 `fit_ngrams`, `pretrain`, training on the labels, `fuse`, `label_unlabelled` and training again on
-labelled and unlabelled texts, `fuse`; at the end `refit_ngrams`. If asked for, `borrow_embeddings`
-comes first, and what `ask_teacher` brings is learned in place of `label_unlabelled`. The slow ones
-leave a file, so that a run that was stopped does not repeat them.
+labelled and unlabelled texts, `fuse`; at the end `refit_ngrams`. If few texts are labelled and
+others are not, `probe` takes the place of training on the labels and what follows from it. If asked
+for, `borrow_embeddings` comes first, and what `ask_teacher` brings is learned in place of
+`label_unlabelled`. The slow ones leave a file, so that a run that was stopped does not repeat them.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,9 +29,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from nin_text import ngrams
 from nin_text.device import use_bf16
 from nin_text.errors import UserError
-from nin_text.evaluation import softmax
+from nin_text.evaluation import predict_logits, softmax
 from nin_text.options import TrainOptions
-from nin_text.pretraining import LongEnoughTexts, TwoViewModel, choose_targets, cut_in_two
+from nin_text.pretraining import LongEnoughTexts, Targets, TwoViewModel, cut_in_two
+from nin_text.probe import start_from_probe
 from nin_text.text import NiNTextForSequenceClassification
 from nin_text.training import (
     EncodedTexts,
@@ -43,11 +47,12 @@ logger = logging.getLogger(__name__)
 
 def fit_ngrams(
     model: NiNTextForSequenceClassification, train: EncodedTexts, validation: EncodedTexts
-) -> float:
+) -> np.ndarray | None:
     """Fit the n-gram branch to the training split; what it can do alone is logged.
 
     Returns:
-        The factor on it that is to be expected, for `fuse`.
+        (n, K) logits of the training split by branches that did not see the text in question, see
+        `ngrams.held_out_logits`.
     """
     assert model.ngrams is not None
     weights = model.config.class_weights
@@ -55,56 +60,81 @@ def fit_ngrams(
     logits = ngrams.predict(model.ngrams, validation.rows)
     right = logits.argmax(axis=1) == validation.labels
     logger.info("n-gram evidence alone: validation accuracy %.4f", right.mean())
-    return ngrams.expected_scale(model.ngrams, train.rows, train.labels, weights)
+    return ngrams.held_out_logits(model.ngrams, train.rows, train.labels, weights)
+
+
+def branch_of(model: NiNTextForSequenceClassification) -> ngrams.NGramEvidence:
+    """The n-gram branch of a model that has one."""
+    assert model.ngrams is not None
+    return model.ngrams
+
+
+def expected_scales(
+    held_out: np.ndarray | None, labels: np.ndarray, *, labels_alone: bool
+) -> tuple[float, float]:
+    """Factors on network and n-grams to be expected, for `fuse`, before the network is trained.
+
+    A network that learns from few labels alone rarely adds to n-grams.
+
+    Args:
+        held_out: what `fit_ngrams` returned.
+        labels: of the same texts.
+        labels_alone: whether the network learns from nothing else.
+    """
+    ngrams_scale = 1.0 if held_out is None else float(ngrams.best_scales([held_out], labels)[0])
+    return (0.0 if labels_alone else 0.5), ngrams_scale
 
 
 def pretrain(
     model: NiNTextForSequenceClassification,
-    train: EncodedTexts,
-    unlabelled: EncodedTexts | None,
+    texts: Sequence[np.ndarray],
+    targets: Targets,
     folder: Path,
     options: TrainOptions,
+    epochs: int,
     **arguments: Any,
 ) -> float:
-    """Pretrain the encoder of a model whose n-gram branch has been fitted (see `pretraining.py`).
+    """Pretrain the encoder of a classifier (see `pretraining.py`).
 
     Args:
         model: its encoder is trained in place.
-        train, unlabelled: the texts; the branch has been fitted to the first.
-        folder: for checkpoints and the result.
+        texts: token ids of each, with or without labels.
+        targets: what it learns to predict.
+        folder: for checkpoints; beside it the result is left.
         options: with the recipe filled in.
+        epochs: passes over the texts.
         arguments: further ones of `training_arguments`.
 
     Returns:
         Seconds that it took, those before a resumed checkpoint included.
     """
-    assert model.ngrams is not None
-    done = folder / "pretrained.safetensors"
+    done = folder.with_suffix(".safetensors")
     if done.is_file():
         model.nin.load_state_dict(_load(done))
         return _seconds(done)
-    targets = choose_targets(model.ngrams, train.rows)
-    texts = LongEnoughTexts([*train.rows, *(unlabelled.rows if unlabelled else [])])
-    if len(targets) == 0 or len(texts) == 0:
+    long_enough = LongEnoughTexts(texts)
+    if len(targets) == 0 or len(long_enough) == 0:
         logger.warning("nothing to pretrain on: no text has two tokens, or none tells a class")
         return 0.0
     logger.info(
-        "pretraining on %s texts: %s n-grams to predict", f"{len(texts):,}", f"{len(targets):,}"
+        "pretraining on %s texts: %s n-grams to predict",
+        f"{len(long_enough):,}",
+        f"{len(targets):,}",
     )
     trainer = RunTrainer(
         model=TwoViewModel(model.nin, targets),
         args=training_arguments(
-            folder / "pretraining",
-            epochs=options.pretrain_epochs,
+            folder,
+            epochs=epochs,
             learning_rate=options.pretrain_learning_rate,
             weight_decay=0.01,
             evaluate=False,
             **arguments,
         ),
-        train_dataset=texts,
+        train_dataset=long_enough,
         collate=partial(cut_in_two, targets=targets, pad_token_id=model.config.pad_token_id or 0),
         batch_tokens=options.batch_tokens,
-        title="pretraining",
+        title=folder.name.replace("-", " "),
         rate_option="--pretrain-learning-rate",
     )
     trainer.train_or_resume()
@@ -113,16 +143,15 @@ def pretrain(
     return trainer.seconds
 
 
-def fuse(trainer: TextTrainer, expected: float, *, labels_alone: bool) -> float:
+def fuse(trainer: TextTrainer, expected: Sequence[float]) -> float:
     """Weigh network and n-grams against each other by the log loss of the validation split.
 
-    A network that has learned from few labels alone rarely adds to n-grams, and few validation
-    texts may say otherwise by chance: they have to outweigh a pull towards n-grams alone.
+    Few validation texts may say anything by chance: they have to outweigh a pull towards what is
+    to be expected.
 
     Args:
         trainer: has the classifier, whose branch is as it was fitted to the training split.
-        expected: the factor on it that `fit_ngrams` found.
-        labels_alone: whether the network has learned from nothing else.
+        expected: factors on network and n-grams.
 
     Returns:
         The factor on the n-grams, for `refit_ngrams`.
@@ -131,14 +160,15 @@ def fuse(trainer: TextTrainer, expected: float, *, labels_alone: bool) -> float:
     assert isinstance(model, NiNTextForSequenceClassification) and model.ngrams is not None
     added = ngrams.predict(model.ngrams, validation.rows)
     network = trainer.logits(validation) - added
-    centre = (0.0 if labels_alone else 0.5, expected)
-    scales = ngrams.cautious_scales([network, added], validation.labels, centre)
+    scales = ngrams.cautious_scales([network, added], validation.labels, expected)
     model.rescale(*scales)
     logger.info("weights of network and n-grams: %.3f, %.3f", *scales)
     return float(scales[1])
 
 
-def refit_ngrams(trainer: TextTrainer, train: EncodedTexts, scale: float) -> None:
+def refit_ngrams(
+    trainer: TextTrainer, train: EncodedTexts, scale: float, answered: Answered | None = None
+) -> None:
     """Fit the n-gram branch again, to both splits, once nothing is chosen on validation any more.
 
     Whatever is to be said of the validation split must have been computed before.
@@ -147,12 +177,13 @@ def refit_ngrams(trainer: TextTrainer, train: EncodedTexts, scale: float) -> Non
         trainer: has the classifier, fused, and the validation split.
         train: the labelled texts that the branch was fitted to.
         scale: the factor that `fuse` found for it.
+        answered: what else it was fitted to.
     """
     model, validation = trainer.best_model, trainer.eval_dataset
     assert isinstance(model, NiNTextForSequenceClassification) and model.ngrams is not None
     labels = np.concatenate([train.labels, validation.labels])
     rows = [*train.rows, *validation.rows]
-    ngrams.fit(model.ngrams, rows, labels, model.config.class_weights)
+    _fit_to(model.ngrams, rows, labels, answered, model.config.class_weights)
     model.rescale(1.0, scale)
 
 
@@ -168,6 +199,106 @@ def label_unlabelled(trainer: TextTrainer, unlabelled: EncodedTexts, path: Path)
     if trainer.is_world_process_zero():
         _save({"answers": torch.from_numpy(answers)}, path, trainer.seconds)
     return answers
+
+
+@dataclass(frozen=True)
+class Answered:
+    """Texts without labels, and what a classifier says of them.
+
+    Attributes:
+        rows: token ids of each of m texts.
+        answers: (m, K) float32 class probabilities.
+    """
+
+    rows: Sequence[np.ndarray]
+    answers: np.ndarray
+
+
+def probe(
+    model: NiNTextForSequenceClassification,
+    train: EncodedTexts,
+    unlabelled: EncodedTexts,
+    held_out: np.ndarray,
+    path: Path,
+) -> tuple[Answered, float]:
+    """What few labels tell of other texts: a linear probe of the pretrained encoder, and n-grams.
+
+    They are weighed by what both say of labelled texts that they were not fitted to (stacked
+    generalization, Wolpert 1992). See `probe.py`.
+
+    Args:
+        model: pretrained, its branch fitted to `train`. It is left as it is.
+        train, unlabelled: the texts.
+        held_out: what `fit_ngrams` returned.
+        path: where the answers are left, or have been.
+
+    Returns:
+        The unlabelled texts with their answers, and the seconds that it took.
+    """
+    with PartialState().main_process_first():  # which answers, and the others read
+        if not path.is_file():
+            clock = time.perf_counter()
+            before = copy.deepcopy(model.state_dict())
+            probed = start_from_probe(model, train.rows, train.labels)
+            assert probed is not None
+            scales = ngrams.best_scales([probed, held_out], train.labels)
+            logger.info(
+                "accuracy on labelled texts not fitted to: linear probe %.4f, n-grams %.4f; "
+                "weights %.3f, %.3f",
+                *((part.argmax(axis=1) == train.labels).mean() for part in (probed, held_out)),
+                *scales,
+            )
+            model.rescale(*scales)
+            pad_token_id = model.config.pad_token_id or 0
+            logits = predict_logits(
+                model, unlabelled.rows, pad_token_id=pad_token_id, progress="labelling"
+            )
+            model.load_state_dict(before)
+            answers = torch.from_numpy(softmax(logits).astype(np.float32))
+            _save({"answers": answers}, path, time.perf_counter() - clock)
+    return Answered(unlabelled.rows, _load(path)["answers"].numpy()), _seconds(path)
+
+
+def fit_ngrams_to_answers(
+    model: NiNTextForSequenceClassification, train: EncodedTexts, answered: Answered
+) -> float:
+    """Fit the n-gram branch to labelled texts and to answers: of many more n-grams it knows then.
+
+    Returns:
+        The factor on it that suits answers which it was not fitted to.
+    """
+    assert model.ngrams is not None
+    weights = model.config.class_weights
+    order = np.random.default_rng(0).permutation(len(answered.rows))
+    held, rest = np.split(order, [len(order) // ngrams.FOLDS])
+    part = Answered([answered.rows[i] for i in rest], answered.answers[rest])
+    _fit_to(model.ngrams, train.rows, train.labels, part, weights)
+    logits = ngrams.predict(model.ngrams, [answered.rows[i] for i in held])
+    scale = float(ngrams.best_scales([logits], answered.answers[held])[0])
+    _fit_to(model.ngrams, train.rows, train.labels, answered, weights)
+    return scale
+
+
+def _fit_to(
+    branch: ngrams.NGramEvidence,
+    rows: Sequence[np.ndarray],
+    labels: np.ndarray,
+    answered: Answered | None,
+    class_weights: Sequence[float] | None,
+) -> None:
+    """Fit a branch to labelled texts, and to the likeliest class of others by how sure it is."""
+    if answered is None:
+        ngrams.fit(branch, rows, labels, class_weights)
+        return
+    chance = 1 / answered.answers.shape[1]
+    sure = np.maximum((answered.answers.max(axis=1) - chance) / (1 - chance), 1e-3)  # (m,)
+    ngrams.fit(
+        branch,
+        [*rows, *answered.rows],
+        np.concatenate([labels, answered.answers.argmax(axis=1)]),
+        class_weights,
+        np.concatenate([np.ones(len(labels)), sure]),
+    )
 
 
 def saved_answers(path: Path) -> tuple[np.ndarray, float] | None:

@@ -414,6 +414,7 @@ def text_trainer(
     validation: EncodedTexts,
     *,
     epochs: int,
+    best_pass: bool = True,
     **arguments: Any,
 ) -> TextTrainer:
     """The trainer of a classifier.
@@ -425,17 +426,21 @@ def text_trainer(
         folder: for checkpoints; the progress bar has its name.
         train, validation: what to learn from, and what to judge by.
         epochs: passes over `train`.
+        best_pass: keep the pass that is right most often, and stop early; else make all passes and
+            keep the last.
         arguments: `shared_arguments`.
     """
+    settings = training_arguments(
+        folder,
+        epochs=epochs,
+        learning_rate=options.learning_rate,
+        weight_decay=options.weight_decay,
+        **arguments,
+    )
+    settings.load_best_model_at_end = best_pass
     return TextTrainer(
         model=model,
-        args=training_arguments(
-            folder,
-            epochs=epochs,
-            learning_rate=options.learning_rate,
-            weight_decay=options.weight_decay,
-            **arguments,
-        ),
+        args=settings,
         train_dataset=train,
         eval_dataset=validation,
         processing_class=tokenizer,
@@ -443,7 +448,7 @@ def text_trainer(
         batch_tokens=options.batch_tokens,
         similar_lengths=not is_nin(options.model),
         ema_decay=options.ema_decay,
-        patience=options.patience,
+        patience=options.patience if best_pass else None,
         title=folder.name.replace("-", " "),
     )
 

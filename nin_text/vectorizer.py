@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any, Self
 
 import numpy as np
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin, clone
 from sklearn.utils.validation import check_is_fitted
-from torch import Tensor, nn
 
 from nin_text.errors import UserError
 from nin_text.estimator import NiNTextClassifier
 from nin_text.estimator_inputs import as_texts, threads
-from nin_text.evaluation import predict_logits
+from nin_text.probe import vectors
 from nin_text.text import NiNTextModel
 from nin_text.tokenization import encode
 
@@ -62,8 +60,7 @@ class NiNTextVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         texts = as_texts(X)
         with threads(self.n_jobs):
             rows = encode(self.tokenizer_, texts, self.max_length_)
-            pad_token_id = self.encoder_.config.pad_token_id or 0
-            return predict_logits(_Pooled(self.encoder_), rows, pad_token_id=pad_token_id)
+            return vectors(self.encoder_, rows)
 
     @property
     def _n_features_out(self) -> int:
@@ -74,14 +71,3 @@ class NiNTextVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
         tags.input_tags.string, tags.input_tags.two_d_array = True, False
         tags.requires_fit = True
         return tags
-
-
-class _Pooled(nn.Module):
-    """An encoder whose pooled output passes for logits."""
-
-    def __init__(self, encoder: NiNTextModel) -> None:
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
-        return SimpleNamespace(logits=self.encoder(input_ids, attention_mask).pooler_output)

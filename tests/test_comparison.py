@@ -22,7 +22,7 @@ from test_systems import tiny_bert
 
 from nin_text import UserError, benchmark, load_text_dataset, processes, report
 from nin_text.benchmark import Sample
-from nin_text.comparison import compare_text, reduced, system_names, with_defaults
+from nin_text.comparison import compare_text, system_names, with_defaults
 from nin_text.evaluation import paired_difference
 from nin_text.options import CompareOptions
 
@@ -225,17 +225,6 @@ def test_the_default_leaves_out_what_is_not_installed(monkeypatch: pytest.Monkey
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "fasttext" not in with_defaults(CompareOptions()).models
     assert "fasttext" in with_defaults(CompareOptions(models=["fasttext"])).models
-
-
-def test_reduced_data_are_nested_and_have_every_class() -> None:
-    data = load_text_dataset("demo_topics", limit=400)
-    small, large = reduced(data, 40), reduced(data, 200)
-    for part, size in ((small, 40), (large, 200)):
-        assert len(part.splits["train"]) + len(part.splits["validation"]) == size
-        assert set(part.splits["train"].labels) == set(range(len(data.label_names)))
-        assert part.splits["test"] is data.splits["test"]
-    assert set(small.splits["train"].texts) <= set(large.splits["train"].texts)
-    assert len(data.splits["train"]) == 400  # the whole is as it was
 
 
 def test_paired_difference_counts_and_tests_like_a_coin() -> None:

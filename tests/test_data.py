@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nin_text.data import KNOWN, load_split, load_text_dataset
+from nin_text.data import KNOWN, TextDataset, load_split, load_text_dataset, reduced
 from nin_text.errors import UserError
 from nin_text.splits import stratified
 
@@ -343,3 +343,74 @@ def test_the_real_data_sets(real_data: Path, name: str, expected: dict[str, int]
     assert dataset.label_names == list(KNOWN[name].labels)
     partial = any("partial" in note for note in dataset.notes)
     assert partial == (name == "ag_news")
+
+
+def test_reduced_data_are_nested_and_have_every_class() -> None:
+    data = load_text_dataset("demo_topics", limit=400)
+    small, large = reduced(data, 40), reduced(data, 200)
+    for part, size in ((small, 40), (large, 200)):
+        assert len(part.splits["train"]) + len(part.splits["validation"]) == size
+        assert set(part.splits["train"].labels) == set(range(len(data.label_names)))
+        assert part.splits["test"] is data.splits["test"]
+    assert set(small.splits["train"].texts) <= set(large.splits["train"].texts)
+    assert len(data.splits["train"]) == 400  # the whole is as it was
+
+
+# ---- few labels, and texts without any ---------------------------------------------------------
+
+
+def test_what_is_labelled_is_part_of_the_data_and_the_rest_is_read_without_labels(
+    imdb: Path,
+) -> None:
+    whole = load_text_dataset("imdb", data_dir=imdb)
+    read = load_text_dataset("imdb", data_dir=imdb, labelled=20, unsupervised=True)
+    alone = load_text_dataset("imdb", data_dir=imdb, labelled=20)
+    assert sizes(read) == {"train": 18, "validation": 2, "test": 10, "unsupervised": 7 + 20}
+    assert sizes(alone) == {"train": 18, "validation": 2, "test": 10}
+    labelled = {
+        text: label
+        for split in ("train", "validation")
+        for text, label in zip(whole.splits[split].texts, whole.splits[split].labels, strict=True)
+    }
+    for split in ("train", "validation"):
+        part = read.splits[split]
+        assert part == alone.splits[split]
+        assert [labelled.pop(text) for text in part.texts] == part.labels
+    unlabelled = read.splits["unsupervised"]
+    assert set(unlabelled.labels) == {-1}
+    assert set(unlabelled.texts[7:]) == set(labelled)
+    assert "the labels of 20 of 40 examples are used" in read.notes[-1]
+    assert read.splits["test"] == whole.splits["test"]
+
+
+@pytest.mark.parametrize("labelled", [1, 19, 41])
+def test_too_few_or_more_labels_than_there_are_is_said(imdb: Path, labelled: int) -> None:
+    with pytest.raises(UserError, match="--labelled must be between 20 and the 40 labelled"):
+        load_text_dataset("imdb", data_dir=imdb, labelled=labelled)
+
+
+def test_unlabelled_files_are_read_but_for_what_is_judged_by(tmp_path: Path) -> None:
+    frame(100).to_csv(tmp_path / "a.csv", index=False)
+    whole = load_text_dataset(str(tmp_path / "a.csv"))
+    judged = [whole.splits[split].texts[0] for split in ("validation", "test")]
+    pool = tmp_path / "pool"
+    pool.mkdir()
+    (pool / "1.txt").write_text("\n".join(["one", "", *judged, "two"]))
+    pd.DataFrame({"text": ["three", "", "four"]}).to_csv(pool / "2.csv", index=False)
+
+    def read(**options: object) -> TextDataset:
+        return load_text_dataset(str(tmp_path / "a.csv"), unlabelled_file=pool, **options)
+
+    dataset = read(unsupervised=True)
+    assert dataset.splits["unsupervised"].texts == ["one", "two", "three", "four"]
+    assert sizes(read(unsupervised=True, limit=3))["unsupervised"] == 3
+    assert sizes(read(unsupervised=True, labelled=50))["unsupervised"] == 4 + 40
+    assert dataset.fingerprint() != whole.fingerprint()
+    assert dataset.labelled().fingerprint() == whole.fingerprint()
+    (pool / "2.csv").unlink()
+    (pool / "1.txt").write_text("\n".join(judged))
+    with pytest.raises(UserError, match="holds no text but empty ones and those"):
+        read(unsupervised=True)
+    (pool / "1.txt").unlink()
+    with pytest.raises(UserError, match="holds no files that end in"):
+        read(unsupervised=True)

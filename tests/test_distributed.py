@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from conftest import ROOT, Script
 from safetensors.numpy import load_file
 
@@ -79,7 +80,14 @@ def test_two_processes_give_the_weights_of_one_with_the_same_batches(
             np.testing.assert_allclose(weight, one[name], atol=1e-4, err_msg=f"{other}: {name}")
 
 
-def test_all_stages_run_in_two_processes(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("further", "stages"),
+    [
+        ((), {"pretraining", "probe 1", "pretraining-again", "probe 2", "self-training"}),
+        (("--ngrams", 0), {"training", "self-training"}),
+    ],
+)
+def test_all_stages_run_in_two_processes(further: tuple, stages: set[str], tmp_path: Path) -> None:
     """With unlabelled texts, and the processes agree: the weights repeat, as on two machines."""
     data = tmp_path / "reviews"
     data.mkdir()
@@ -93,11 +101,12 @@ def test_all_stages_run_in_two_processes(tmp_path: Path) -> None:
             rows.append(json.dumps(row))
         (data / f"{split}.jsonl").write_text("\n".join(rows))
     options = ("--dataset", data, "--model", "nin-text-small", "--epochs", 1, "--batch-size", 8)
+    options += further
     for nodes, name in enumerate(("first", "second"), 1):
         finished = torchrun(tmp_path, *options, "--output-dir", name, nodes=nodes)
         assert finished.returncode == 0, finished.stderr
     metrics = json.loads((tmp_path / "first" / "metrics.json").read_text())
-    assert set(metrics["stage_seconds"]) == {"pretraining", "training", "self-training"}
+    assert set(metrics["stage_seconds"]) == stages
     first, second = (
         load_file(tmp_path / name / "model.safetensors") for name in ("first", "second")
     )

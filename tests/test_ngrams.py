@@ -189,6 +189,13 @@ def test_best_scales_undo_a_wrong_scale() -> None:
     np.testing.assert_allclose(scales, [2, 0.5, 0], atol=0.05)
 
 
+def test_best_scales_for_probabilities_in_place_of_labels() -> None:
+    a, b = np.random.default_rng(0).normal(size=(2, 200, 3))
+    truth = np.exp(2 * a + b / 2)
+    truth /= truth.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(ngrams.best_scales([a, b], truth, strength=0), [2, 0.5], atol=1e-3)
+
+
 def test_best_scales_never_wipe_out_every_answer() -> None:
     """Where neither part knows anything, the sum still has an answer, and evidence for it."""
     for seed in range(50):
@@ -235,9 +242,7 @@ def test_cautious_scales_give_way_to_labels_but_not_to_chance() -> None:
     [(1.0, 1.0, math.inf), (0.0, 0.0, 0.25)],
     ids=["each label by a token", "labels at random"],
 )
-def test_the_expected_scale_is_that_for_texts_outside(
-    told_by: float, low: float, high: float
-) -> None:
+def test_held_out_logits_are_as_of_texts_outside(told_by: float, low: float, high: float) -> None:
     """Above 1 where n-grams are right about every text, near 0 where they learned mere chance."""
     generator = np.random.default_rng(0)
     labels = generator.integers(0, 2, 100)
@@ -247,27 +252,38 @@ def test_the_expected_scale_is_that_for_texts_outside(
     branch = ngrams.NGramEvidence(2, BUCKETS, 2)
     ngrams.fit(branch, rows, labels)
     before = branch.weight.clone()
-    assert low <= ngrams.expected_scale(branch, rows, labels) <= high
+    logits = ngrams.held_out_logits(branch, rows, labels)
+    assert low <= ngrams.best_scales([logits], labels)[0] <= high
     assert torch.equal(branch.weight, before)
     # The branch is sure of the texts it was fitted to, whether or not it knows anything.
     assert ngrams.best_scales([ngrams.predict(branch, rows)], labels)[0] > 1
 
 
-@pytest.mark.parametrize("texts", [2, ngrams.MOST_FOLDED + 1])
-def test_too_few_and_many_texts_leave_the_expected_scale_at_one(texts: int) -> None:
+@pytest.mark.parametrize("texts", [2, ngrams.FEW + 1])
+def test_too_few_and_many_texts_are_not_held_out(texts: int) -> None:
     rows, labels = [np.array([label]) for label in (0, 1)], np.array([0, 1])
     branch = ngrams.NGramEvidence(1, BUCKETS, 2)
     rows = (rows * texts)[:texts]
-    assert ngrams.expected_scale(branch, rows, np.tile(labels, texts)[:texts]) == 1
+    assert ngrams.held_out_logits(branch, rows, np.tile(labels, texts)[:texts]) is None
+    assert ngrams.folds(texts) == []
 
 
-def test_a_class_of_one_text_and_weights_do_not_hinder_the_expected_scale() -> None:
+@pytest.mark.parametrize("texts", [5, 23, ngrams.FEW])
+def test_folds_hold_out_each_text_once(texts: int) -> None:
+    parts = ngrams.folds(texts)
+    assert len(parts) == 5
+    assert sorted(np.concatenate([held for _, held in parts])) == list(range(texts))
+    for rest, held in parts:
+        assert sorted([*rest, *held]) == list(range(texts))
+
+
+def test_a_class_of_one_text_and_weights_do_not_hinder_held_out_logits() -> None:
     rows = [np.array([label, label]) for label in (0, 1, 2, 0, 1, 0)]
     labels = np.array([0, 1, 2, 0, 1, 0])
     branch = ngrams.NGramEvidence(2, BUCKETS, 3)
     weight = np.arange(1.0, 7.0)
-    plain = ngrams.expected_scale(branch, rows, labels)
-    weighed = ngrams.expected_scale(branch, rows, labels, [1.0, 2.0, 3.0], weight)
-    assert 0 < plain < math.inf
-    assert 0 < weighed < math.inf
-    assert plain != weighed
+    plain = ngrams.held_out_logits(branch, rows, labels)
+    weighed = ngrams.held_out_logits(branch, rows, labels, [1.0, 2.0, 3.0], weight)
+    assert np.isfinite(plain).all()
+    assert np.isfinite(weighed).all()
+    assert np.abs(plain - weighed).max() > 0.01

@@ -11,7 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nin_text import NiNTextConfig, NiNTextModel, ngrams
-from nin_text.pretraining import LongEnoughTexts, TwoViewModel, choose_targets, cut_in_two
+from nin_text.pretraining import (
+    COMMON,
+    FREQUENT,
+    UNKNOWN,
+    LongEnoughTexts,
+    TwoViewModel,
+    choose_targets,
+    cut_in_two,
+)
 
 BUCKETS, VOCABULARY = 1024, 12
 
@@ -50,6 +58,22 @@ def test_ngrams_that_say_nothing_or_never_occur_are_no_targets() -> None:
     branch.weight[bucket_of(3), 1] = 1.0
     assert len(choose_targets(branch, texts())) == 1
     assert len(choose_targets(branch, [np.array([5, 6, 7])])) == 0
+
+
+def test_words_that_no_label_speaks_of_are_worth_predicting_if_some_texts_have_them() -> None:
+    """Words of as many as `COMMON` texts, not of fewer and not of nearly all."""
+    branch = ngrams.NGramEvidence(2, BUCKETS, 2)
+    branch.weight[bucket_of(3), 1] = 0.5
+    common, rare, everywhere = range(20, 30), 30, 31
+    rows = [np.array([everywhere, word]) for word in [*common] * COMMON + [rare] * (COMMON - 1)]
+    targets = choose_targets(branch, [*rows, np.array([3, everywhere])])
+    chosen = {bucket for bucket in range(BUCKETS) if targets.index[bucket] >= 0}
+    assert chosen == {bucket_of(word) for word in (3, *common)}  # pairs are no words
+    weight = {word: targets.weight[targets.index[bucket_of(word)]] for word in (3, *common)}
+    assert weight[3] == pytest.approx(0.5 * np.sqrt(FREQUENT / (2 / (len(rows) + 2))))
+    assert weight[20] == pytest.approx(
+        UNKNOWN * 0.5 * np.sqrt(FREQUENT / ((COMMON + 1) / (len(rows) + 2)))
+    )
 
 
 @settings(max_examples=50, deadline=None)

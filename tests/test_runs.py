@@ -121,11 +121,16 @@ def write_splits(folder: Path, **splits: list[dict[str, object]]) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize("saves", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize(
+    ("few", "saves"),
+    [(False, 1), (False, 2), (False, 3), (False, 4), (False, 5), (True, 3), (True, 4)],
+)
 def test_a_run_interrupted_in_any_stage_ends_with_the_same_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saves: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few: bool, saves: int
 ) -> None:
-    """Two passes of pretraining, training and self-training each; a checkpoint after each pass."""
+    """Two passes of each stage, a checkpoint after each; of few labelled texts it is two stages."""
+    if not few:
+        monkeypatch.setattr(ngrams, "FEW", 0)
     corpus = load_text_dataset("demo_reviews", limit=120).splits
     data = write_splits(
         tmp_path / "data",
@@ -145,7 +150,8 @@ def test_a_run_interrupted_in_any_stage_ends_with_the_same_weights(
     }
     whole = train_text(TrainOptions(**options, output_dir=tmp_path / "whole"))
     stages = json.loads((tmp_path / "whole" / "metrics.json").read_text())["stage_seconds"]
-    assert list(stages) == ["pretraining", "training", "self-training"]
+    between = ["probe 1", "pretraining-again", "probe 2"] if few else ["training"]
+    assert list(stages) == ["pretraining", *between, "self-training"]
     save, saved = RunTrainer._save_checkpoint, []
 
     def save_and_stop(self, *args):
@@ -163,8 +169,13 @@ def test_a_run_interrupted_in_any_stage_ends_with_the_same_weights(
     assert weights(tmp_path / "stopped") == weights(tmp_path / "whole")
 
 
-def test_unlabelled_texts_are_learned_from(tmp_path: Path) -> None:
+@pytest.mark.parametrize("few", [True, False])
+def test_unlabelled_texts_are_learned_from(
+    few: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two words tell the class of labelled texts; unlabelled texts show what goes with them."""
+    if not few:
+        monkeypatch.setattr(ngrams, "FEW", 0)
     draw = random.Random(0)
 
     def row(known: str, companion: str, label: int | None) -> dict[str, object]:
@@ -211,7 +222,8 @@ def test_the_saved_model_adds_ngrams_weighed_on_the_validation_split(
     ngrams.fit(branch, rows, np.array(train.labels))
     added = ngrams.predict(branch, held_out)
     assert np.abs(added).max() > 0.1
-    expected = ngrams.expected_scale(branch, rows, np.array(train.labels))
+    logits_outside = ngrams.held_out_logits(branch, rows, np.array(train.labels))
+    expected = ngrams.best_scales([logits_outside], np.array(train.labels))[0]
     scales = ngrams.cautious_scales([network, added], np.array(validation.labels), (0.0, expected))
     np.testing.assert_allclose(scales, weights, rtol=0.02)
     ngrams.fit(branch, [*rows, *held_out], np.array(train.labels + validation.labels))

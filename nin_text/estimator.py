@@ -43,6 +43,7 @@ from nin_text.estimator_inputs import (
     threads,
 )
 from nin_text.evaluation import pad, predict_logits, softmax
+from nin_text.learning import Learner, learn
 from nin_text.options import (
     PRECISIONS,
     PRESET_NAMES,
@@ -59,9 +60,9 @@ from nin_text.text import NiNTextForSequenceClassification
 from nin_text.tokenization import encode
 from nin_text.training import (
     EncodedTexts,
+    TextTrainer,
     TokenBatchSampler,
     shared_arguments,
-    text_trainer,
 )
 
 ESTIMATOR_FILE = "estimator.json"
@@ -81,7 +82,8 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
             take.
         max_length: cut texts to this many tokens; 0 for never.
         ngrams: tokens of the longest n-gram whose evidence is added; 0 for none.
-        pretrain_epochs: passes in which the network first learns to predict telling n-grams.
+        pretrain_epochs: passes in which the network first learns to predict telling n-grams; None
+            for 4 if `fit` is given unlabelled texts and 0 otherwise.
         epochs: most passes over the texts.
         learning_rate: peak learning rate of AdamW; that of `partial_fit` throughout.
         weight_decay: of AdamW.
@@ -89,7 +91,8 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
         dropout: hidden and embedding dropout; the preset's if None.
         class_weight: None, "balanced" or a dict from label to weight.
         early_stopping: stop when the texts held out are no longer judged better and keep the best
-            pass. Without it, every pass is made and the last one kept.
+            pass. Without it, every pass is made and the last one kept. (With unlabelled texts and
+            at most 5,000 others there is nothing to stop: see `learning.py`.)
         validation_fraction: part of the texts held out from the network in any case, stratified:
             network and n-grams are weighed on it. Weights play no part in judging it.
         n_iter_no_change: passes without a better accuracy before training stops.
@@ -116,7 +119,7 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
         vocab_size: int | None = None,
         max_length: int = 0,
         ngrams: int = 3,
-        pretrain_epochs: int = 0,
+        pretrain_epochs: int | None = None,
         epochs: int = 8,
         learning_rate: float = 1e-3,
         weight_decay: float = 0.1,
@@ -157,13 +160,21 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
 
     # ---- training ------------------------------------------------------------------------------
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:  # noqa: N803
-        """Train on labelled texts.
+    def fit(
+        self,
+        X: Any,  # noqa: N803
+        y: Any,
+        sample_weight: Any = None,
+        unlabelled: Any = None,
+    ) -> Self:
+        """Train on labelled texts, and on others.
 
         Args:
             X: n texts.
             y: (n,) labels, or (n, K) zeros and ones.
             sample_weight: (n,) how often each text counts; 0 is as good as absent.
+            unlabelled: texts of the same kind without labels. Thousands of them are worth more than
+                hundreds of further labels. They cannot go with weights or several labels a text.
 
         Raises:
             UserError: a ValueError, if texts, labels or parameters cannot be used.
@@ -173,18 +184,24 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
         if len(classes) < 2:
             raise UserError(f"all labels are {classes[0]!r}; a classifier needs two classes")
         weight = self._weights(y, labels, sample_weight)
+        more = [] if unlabelled is None else as_texts(unlabelled)
+        if more and (weight is not None or labels.ndim == 2):
+            raise UserError("unlabelled texts cannot go with weights or with several labels a text")
         if weight is not None and not weight.all():
             kept = np.flatnonzero(weight)
             texts, labels, weight = [texts[i] for i in kept], labels[kept], weight[kept]
         with self._session() as options:
+            prepared = [*texts, *more] if len(texts) <= ngrams.FEW else texts
             again = self.warm_start and hasattr(self, "model_")
+            if more and self.pretrain_epochs is None and self.ngrams and not again:
+                options.pretrain_epochs = RECIPES["default"]["pretrain_epochs"]
             if again and np.array_equal(self.classes_, classes):
                 # A copy: a fit that is interrupted leaves the last one as it was.
                 model, tokenizer = copy.deepcopy(self.model_), self.tokenizer_
             else:
-                model, tokenizer = self._build(options, texts, labels, classes)
-            options = with_recipe(options, len(texts))
-            best, passes = self._train(options, model, tokenizer, texts, labels, weight)
+                model, tokenizer = self._build(options, prepared, labels, classes)
+            options = with_recipe(options, len(prepared))
+            best, passes = self._train(options, model, tokenizer, texts, labels, weight, more)
         self._take(best, tokenizer, classes, passes)
         return self
 
@@ -255,7 +272,7 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
             vocab_size=self.vocab_size,  # type: ignore[arg-type]
             max_length=self.max_length,
             ngrams=self.ngrams,
-            pretrain_epochs=self.pretrain_epochs if self.ngrams else 0,
+            pretrain_epochs=(self.pretrain_epochs or 0) if self.ngrams else 0,
             epochs=self.epochs,
             learning_rate=self.learning_rate,
             weight_decay=self.weight_decay,
@@ -342,46 +359,55 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
         texts: Sequence[str],
         labels: np.ndarray,
         weight: np.ndarray | None,
+        unlabelled: Sequence[str],
     ) -> tuple[NiNTextForSequenceClassification, int]:
         """The best model and the number of passes."""
         rows = encode(tokenizer, texts, self.max_length)
         held, rest = self._held_out(labels)
-        targets = _targets(labels, weight, model.classifier.out_features)
-        train = EncodedTexts([rows[i] for i in rest], targets[rest])
         validation = EncodedTexts([rows[i] for i in held], labels[held])
-        branch = model.ngrams
-        parts = None if weight is None else weight[rest]
-        if branch is not None:
-            ngrams.fit(branch, train.rows, labels[rest], sample_weight=parts)
-            held_out = ngrams.held_out_logits(branch, train.rows, labels[rest], sample_weight=parts)
-            expected = stages.expected_scales(held_out, labels[rest], labels_alone=True)
-        common = shared_arguments(options, pick_device(self.device))
+        device = pick_device(self.device)
+        common = shared_arguments(options, device)
         with tempfile.TemporaryDirectory(prefix="nin-text-") as folder:
-            if branch is not None and options.pretrain_epochs:
-                worth = choose_targets(branch, train.rows)
-                place, passes = Path(folder) / "pretraining", options.pretrain_epochs
-                stages.pretrain(model, train.rows, worth, place, options, passes, **common)
-            place, epochs = Path(folder) / "training", options.epochs
-            trainer = text_trainer(
-                model,
-                tokenizer,
-                options,
-                place,
-                train,
-                validation,
-                epochs=epochs,
-                best_pass=self.early_stopping,
-                **common,
-            )
-            trainer.train()
+            learner = Learner(options, model, tokenizer, validation, Path(folder) / "run", common)
+            if unlabelled:
+                more = encode(tokenizer, unlabelled, self.max_length)
+                encoded = {
+                    "train": EncodedTexts([rows[i] for i in rest], labels[rest]),
+                    "unsupervised": EncodedTexts(more, np.full(len(more), -1)),
+                }
+                trainer = learn(learner, encoded, {}, None, device)
+            else:
+                trainer = self._from_labels(learner, [rows[i] for i in rest], labels, weight, rest)
             # The averaged copy: the Trainer leaves the model itself wrapped for bfloat16.
             best = trainer.best_model
             assert isinstance(best, NiNTextForSequenceClassification) and best is not model
             if best.ngrams is not None:
-                scale = stages.fuse(trainer, expected)
-                ngrams.fit(best.ngrams, rows, labels, sample_weight=weight)
-                best.rescale(1.0, scale)
+                stages.fit_to(best.ngrams, rows, labels, learner.answered, sample_weight=weight)
+                best.rescale(1.0, learner.ngram_scale)
         return best, round(trainer.state.epoch or 0)
+
+    def _from_labels(
+        self,
+        learner: Learner,
+        rows: Sequence[np.ndarray],
+        labels: np.ndarray,
+        weight: np.ndarray | None,
+        rest: list[int],
+    ) -> TextTrainer:
+        """Learn from the texts that are not held out, the `rest`, by their weights."""
+        branch, passes = learner.nin.ngrams, learner.options.pretrain_epochs
+        parts = None if weight is None else weight[rest]
+        if branch is not None:
+            ngrams.fit(branch, rows, labels[rest], sample_weight=parts)
+            held_out = ngrams.held_out_logits(branch, rows, labels[rest], sample_weight=parts)
+            learner.expected = stages.expected_scales(held_out, labels[rest], labels_alone=True)
+            if passes:
+                learner.pretrain("pretraining", passes, rows, choose_targets(branch, rows))
+        targets = _targets(labels, weight, learner.nin.classifier.out_features)[rest]
+        train = EncodedTexts(rows, targets)
+        return learner.train(
+            "training", learner.options.epochs, train, best_pass=self.early_stopping
+        )
 
     def _held_out(self, labels: np.ndarray) -> tuple[list[int], list[int]]:
         """Indices of the texts to judge by, and of those to learn from."""

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +18,8 @@ from nin_text.data import TextDataset, load_text_dataset
 from nin_text.device import keep_freed_memory, pick_device
 from nin_text.errors import UserError
 from nin_text.explain_page import mistakes_html
-from nin_text.options import TrainOptions, check, is_nin, saved_nin, with_recipe
-from nin_text.pretraining import Targets, choose_targets
+from nin_text.learning import TEACHER_FILE, Learner, learn
+from nin_text.options import TrainOptions, check, is_nin, with_recipe
 from nin_text.run_folder import CHECKPOINTS
 from nin_text.text import NiNTextForSequenceClassification
 from nin_text.tokenization import encode
@@ -29,15 +27,12 @@ from nin_text.training import (
     EncodedTexts,
     TextTrainer,
     shared_arguments,
-    text_trainer,
 )
 from nin_text.transfer import Teacher
 
 logger = logging.getLogger(__name__)
 
-# Of the folder of checkpoints.
-TEACHER_FILE, EMBEDDINGS_FILE = "teacher.safetensors", "embeddings.safetensors"
-ANSWERS_FILE = "answers.safetensors"
+EMBEDDINGS_FILE = "embeddings.safetensors"  # in the folder of checkpoints
 
 
 def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dict[str, Any]:
@@ -102,7 +97,7 @@ def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dic
         device,
     )
     clock = time.perf_counter()
-    learner = _Learner(
+    learner = Learner(
         options,
         model,
         tokenizer,
@@ -112,7 +107,7 @@ def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dic
     )
     texts_of = {split: dataset.splits[split].texts for split in encoded}
     with run_folder.saying_where(folder):
-        trainer = _train(learner, encoded, texts_of, teacher, device)
+        trainer = learn(learner, encoded, texts_of, teacher, device)
     seconds = learner.seconds
     # Of a resumed run, the seconds before count as well.
     before = max(0.0, sum(seconds.values()) - (time.perf_counter() - clock))
@@ -161,155 +156,6 @@ def _texts_to_prepare_for(options: TrainOptions, dataset: TextDataset) -> Sequen
     if len(texts) <= ngrams.FEW and options.unlabelled and "unsupervised" in dataset.splits:
         return [*texts, *dataset.splits["unsupervised"].texts]
     return texts
-
-
-@dataclass
-class _Learner:
-    """A model on its way through the stages, and what all of them need.
-
-    Attributes:
-        seconds: of each stage so far.
-        expected: factors on network and n-grams, for `stages.fuse`.
-        answered: unlabelled texts to which the n-gram branch has been fitted, too.
-        ngram_scale: the factor that `stages.fuse` found for the branch last.
-    """
-
-    options: TrainOptions
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    validation: EncodedTexts
-    checkpoints: Path
-    common: dict[str, Any]
-    seconds: dict[str, float] = field(default_factory=dict)
-    expected: tuple[float, float] = (1.0, 1.0)
-    answered: stages.Answered | None = None
-    ngram_scale: float = 1.0
-
-    def train(
-        self, name: str, epochs: int, texts: EncodedTexts, *, best_pass: bool = True
-    ) -> TextTrainer:
-        """Train the model, and weigh it against the n-grams."""
-        trainer = text_trainer(
-            self.model,
-            self.tokenizer,
-            self.options,
-            self.checkpoints / name,
-            texts,
-            self.validation,
-            epochs=epochs,
-            best_pass=best_pass,
-            **self.common,
-        )
-        trainer.train_or_resume()
-        self.seconds[name] = trainer.seconds
-        if self.options.ngrams:
-            self.ngram_scale = stages.fuse(trainer, self.expected)
-        return trainer
-
-    def pretrain(
-        self, name: str, epochs: int, texts: Sequence[np.ndarray], targets: Targets
-    ) -> None:
-        """Pretrain the encoder."""
-        self.seconds[name] = stages.pretrain(
-            self.nin, texts, targets, self.checkpoints / name, self.options, epochs, **self.common
-        )
-
-    @property
-    def nin(self) -> NiNTextForSequenceClassification:
-        """The model, which is a NiN."""
-        assert isinstance(self.model, NiNTextForSequenceClassification)
-        return self.model
-
-
-def _train(
-    learner: _Learner,
-    encoded: dict[str, EncodedTexts],
-    texts: Mapping[str, Sequence[str]],
-    teacher: Teacher | None,
-    device: torch.device,
-) -> TextTrainer:
-    """All stages of training; the trainer of the last one.
-
-    Args:
-        learner: its model is trained.
-        encoded, texts: of each split but "test", and of "unsupervised" if it is to be learned from.
-        teacher: may be None if its answers have been saved, or if there is none.
-        device: where to compute.
-    """
-    options = learner.options
-    learner.checkpoints.mkdir(parents=True, exist_ok=True)
-    labelled, unlabelled = encoded["train"], encoded.get("unsupervised")
-    opinions = None
-    if options.teacher is not None:
-        opinions, learner.seconds["teacher"] = stages.ask_teacher(
-            teacher,
-            options,
-            [*texts["train"], *texts.get("unsupervised", [])],
-            learner.checkpoints / TEACHER_FILE,
-            device,
-        )
-    if options.ngrams:
-        held_out = stages.fit_ngrams(learner.nin, labelled, learner.validation)
-        outside = (options.teacher, options.init_embeddings, saved_nin(options.model), unlabelled)
-        learner.expected = stages.expected_scales(
-            held_out, labelled.labels, labels_alone=not any(outside)
-        )
-        learns_answers = opinions is None and options.self_training_epochs
-        if held_out is not None and unlabelled and learns_answers:
-            return _learn_from_few_labels(learner, labelled, unlabelled, held_out)
-        if options.pretrain_epochs:
-            rows = [*labelled.rows, *(unlabelled.rows if unlabelled else [])]
-            targets = choose_targets(stages.branch_of(learner.nin), labelled.rows)
-            learner.pretrain("pretraining", options.pretrain_epochs, rows, targets)
-    if opinions is not None:
-        labelled, unlabelled = stages.taught(labelled, unlabelled, opinions), None
-    if not options.self_training_epochs or not unlabelled:
-        return learner.train("training", options.epochs, labelled)
-    path = learner.checkpoints / ANSWERS_FILE
-    saved = stages.saved_answers(path)
-    if saved is None:
-        start = copy.deepcopy(learner.model.state_dict())
-        first = learner.train("training", options.epochs, labelled)
-        answers = stages.label_unlabelled(first, unlabelled, path)
-        learner.model.load_state_dict(start)
-    else:
-        answers, learner.seconds["training"] = saved
-    together = stages.with_answers(labelled, unlabelled, answers)
-    return learner.train("self-training", options.self_training_epochs, together)
-
-
-def _learn_from_few_labels(
-    learner: _Learner, labelled: EncodedTexts, unlabelled: EncodedTexts, held_out: np.ndarray
-) -> TextTrainer:
-    """Few texts with labels, and more without: pretraining and a probe, twice, then self-training.
-
-    What is worth predicting is told by the labels at first, and then by the first answers.
-    """
-    passes = learner.options.pretrain_epochs
-    rounds = [("pretraining", passes), ("pretraining-again", -(-passes // 2))]
-    for i, (name, epochs) in enumerate(rounds if passes else rounds[:1]):
-        if epochs:
-            rows = [*labelled.rows, *unlabelled.rows]
-            targets = choose_targets(stages.branch_of(learner.nin), rows)
-            learner.pretrain(name, epochs, rows, targets)
-        if i:  # back to what labels alone tell, as it was held out
-            branch, weights = stages.branch_of(learner.nin), learner.nin.config.class_weights
-            ngrams.fit(branch, labelled.rows, labelled.labels, weights)
-        answered, learner.seconds[f"probe {i + 1}"] = stages.probe(
-            learner.nin,
-            labelled,
-            unlabelled,
-            held_out,
-            learner.checkpoints / f"probe-{i + 1}.safetensors",
-        )
-        scale = stages.fit_ngrams_to_answers(learner.nin, labelled, answered)
-    learner.answered = answered
-    learner.expected = 0.5, scale / 2  # the mean of two that have learned the same
-    together = stages.with_answers(labelled, unlabelled, answered.answers)
-    # So few labels as there are to choose a pass by would choose by chance.
-    return learner.train(
-        "self-training", learner.options.self_training_epochs, together, best_pass=False
-    )
 
 
 def _take_over(

@@ -183,7 +183,7 @@ def refit_ngrams(
     assert isinstance(model, NiNTextForSequenceClassification) and model.ngrams is not None
     labels = np.concatenate([train.labels, validation.labels])
     rows = [*train.rows, *validation.rows]
-    _fit_to(model.ngrams, rows, labels, answered, model.config.class_weights)
+    fit_to(model.ngrams, rows, labels, answered, model.config.class_weights)
     model.rescale(1.0, scale)
 
 
@@ -272,33 +272,30 @@ def fit_ngrams_to_answers(
     order = np.random.default_rng(0).permutation(len(answered.rows))
     held, rest = np.split(order, [len(order) // ngrams.FOLDS])
     part = Answered([answered.rows[i] for i in rest], answered.answers[rest])
-    _fit_to(model.ngrams, train.rows, train.labels, part, weights)
+    fit_to(model.ngrams, train.rows, train.labels, part, weights)
     logits = ngrams.predict(model.ngrams, [answered.rows[i] for i in held])
     scale = float(ngrams.best_scales([logits], answered.answers[held])[0])
-    _fit_to(model.ngrams, train.rows, train.labels, answered, weights)
+    fit_to(model.ngrams, train.rows, train.labels, answered, weights)
     return scale
 
 
-def _fit_to(
+def fit_to(
     branch: ngrams.NGramEvidence,
     rows: Sequence[np.ndarray],
     labels: np.ndarray,
     answered: Answered | None,
-    class_weights: Sequence[float] | None,
+    class_weights: Sequence[float] | None = None,
+    sample_weight: np.ndarray | None = None,
 ) -> None:
-    """Fit a branch to labelled texts, and to the likeliest class of others by how sure it is."""
-    if answered is None:
-        ngrams.fit(branch, rows, labels, class_weights)
-        return
-    chance = 1 / answered.answers.shape[1]
-    sure = np.maximum((answered.answers.max(axis=1) - chance) / (1 - chance), 1e-3)  # (m,)
-    ngrams.fit(
-        branch,
-        [*rows, *answered.rows],
-        np.concatenate([labels, answered.answers.argmax(axis=1)]),
-        class_weights,
-        np.concatenate([np.ones(len(labels)), sure]),
-    )
+    """`ngrams.fit` to labelled texts, and to the likeliest class of others by how sure it is."""
+    if answered is not None:
+        chance = 1 / answered.answers.shape[1]
+        sure = np.maximum((answered.answers.max(axis=1) - chance) / (1 - chance), 1e-3)  # (m,)
+        known = np.ones(len(labels)) if sample_weight is None else sample_weight
+        sample_weight = np.concatenate([known, sure])
+        rows = [*rows, *answered.rows]
+        labels = np.concatenate([labels, answered.answers.argmax(axis=1)])
+    ngrams.fit(branch, rows, labels, class_weights, sample_weight)
 
 
 def saved_answers(path: Path) -> tuple[np.ndarray, float] | None:

@@ -178,6 +178,36 @@ def test_without_early_stopping_every_pass_is_made(data) -> None:
     assert NiNTextClassifier(**settings, early_stopping=False).fit(texts, y).n_iter_ == 4
 
 
+def test_unlabelled_texts_are_learned_from() -> None:
+    """Two words tell the class of labelled texts; unlabelled texts show what goes with them."""
+    draw = random.Random(0)
+
+    def text(*words: str) -> str:
+        return " ".join([*draw.choices("one two three four five six".split(), k=4), *words])
+
+    known, companions, labels = ("bad", "good"), ("stale", "fresh"), [0, 1] * 30
+    labelled = [text(known[y], draw.choice(companions)) for y in labels]
+    pool = [text(known[y], companions[y]) for y in [0, 1] * 200]
+    others = [text("seven", companions[y]) for y in labels]
+    model = NiNTextClassifier(**QUICK)
+    assert model.fit(labelled, labels).score(others, labels) < 0.7
+    helped = model.fit(labelled, labels, unlabelled=pool)
+    assert helped.score(others, labels) > 0.9
+    assert helped.n_iter_ == 2
+    again = clone(model).fit(labelled, labels, unlabelled=np.array(pool, dtype=object))
+    np.testing.assert_array_equal(again.predict_proba(others), helped.predict_proba(others))
+    with pytest.raises(UserError, match="unlabelled texts cannot go with weights"):
+        model.fit(labelled, labels, np.ones(60), unlabelled=pool)
+
+
+def test_unlabelled_texts_do_without_ngrams(data) -> None:
+    texts, labels, *_ = data
+    model = NiNTextClassifier(**QUICK | {"ngrams": 0, "epochs": 1})
+    model.fit(texts[:40], labels[:40], unlabelled=texts[40:])
+    assert model.model_.ngrams is None
+    assert model.n_iter_ == 2
+
+
 def test_the_tools_of_scikit_learn_take_it(data) -> None:
     texts, y, test, _ = data
     quick = NiNTextClassifier(**QUICK | {"epochs": 2})

@@ -43,7 +43,7 @@ from nin_text.estimator_inputs import (
     threads,
 )
 from nin_text.evaluation import pad, predict_logits, softmax
-from nin_text.learning import Learner, learn
+from nin_text.learning import Learner, few_labels, learn
 from nin_text.options import (
     PRECISIONS,
     PRESET_NAMES,
@@ -91,8 +91,8 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
         dropout: hidden and embedding dropout; the preset's if None.
         class_weight: None, "balanced" or a dict from label to weight.
         early_stopping: stop when the texts held out are no longer judged better and keep the best
-            pass. Without it, every pass is made and the last one kept. (With unlabelled texts and
-            at most 5,000 others there is nothing to stop: see `learning.py`.)
+            pass. Without it, every pass is made and the last one kept. (With few labels
+            and many unlabelled texts there is nothing to stop: see `learning.py`.)
         validation_fraction: part of the texts held out from the network in any case, stratified:
             network and n-grams are weighed on it. Weights play no part in judging it.
         n_iter_no_change: passes without a better accuracy before training stops.
@@ -191,7 +191,7 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
             kept = np.flatnonzero(weight)
             texts, labels, weight = [texts[i] for i in kept], labels[kept], weight[kept]
         with self._session() as options:
-            prepared = [*texts, *more] if len(texts) <= ngrams.FEW else texts
+            prepared = [*texts, *more] if few_labels(len(texts), len(more)) else texts
             again = self.warm_start and hasattr(self, "model_")
             if more and self.pretrain_epochs is None and self.ngrams and not again:
                 options.pretrain_epochs = RECIPES["default"]["pretrain_epochs"]

@@ -21,6 +21,12 @@ from nin_text.transfer import Teacher
 
 # Of the folder of checkpoints.
 TEACHER_FILE, ANSWERS_FILE = "teacher.safetensors", "answers.safetensors"
+TIMES_AS_MANY = 2  # unlabelled texts, at least, as labelled ones to learn from few labels
+
+
+def few_labels(labelled: int, unlabelled: int) -> bool:
+    """Whether so few texts have labels, and so many have none, that the latter count for more."""
+    return ngrams.FOLDS <= labelled <= ngrams.FEW and unlabelled >= TIMES_AS_MANY * labelled
 
 
 @dataclass
@@ -31,7 +37,7 @@ class Learner:
         seconds: of each stage so far.
         expected: factors on network and n-grams, for `stages.fuse`.
         answered: unlabelled texts to which the n-gram branch has been fitted, too.
-        ngram_scale: the factor that `stages.fuse` found for the branch last.
+        ngram_scale: the factor on the branch, as it is fitted to labels and answers, in the end.
     """
 
     options: TrainOptions
@@ -114,8 +120,9 @@ def learn(
         learner.expected = stages.expected_scales(
             held_out, labelled.labels, labels_alone=not any(outside)
         )
-        learns_answers = opinions is None and options.self_training_epochs
-        if held_out is not None and unlabelled and learns_answers:
+        few = unlabelled is not None and few_labels(len(labelled), len(unlabelled))
+        if few and opinions is None and options.self_training_epochs:
+            assert unlabelled is not None and held_out is not None
             return _from_few_labels(learner, labelled, unlabelled, held_out)
         if options.pretrain_epochs:
             rows = [*labelled.rows, *(unlabelled.rows if unlabelled else [])]
@@ -164,9 +171,11 @@ def _from_few_labels(
         )
         scale = stages.fit_ngrams_to_answers(learner.nin, labelled, answered)
     learner.answered = answered
-    learner.expected = 0.5, scale / 2  # the mean of two that have learned the same
+    learner.expected = 0.5, 0.5  # the mean of two that have learned the same
     together = stages.with_answers(labelled, unlabelled, answered.answers)
     # So few labels as there are to choose a pass by would choose by chance.
-    return learner.train(
+    trainer = learner.train(
         "self-training", learner.options.self_training_epochs, together, best_pass=False
     )
+    learner.ngram_scale *= scale
+    return trainer

@@ -37,6 +37,8 @@ SUMMARY = (
 def folder_of(options: Any) -> Path:
     """The run folder that options name, or would have."""
     parts = [Path(options.dataset).name, Path(options.model).name, f"seed{options.seed}"]
+    if getattr(options, "labelled", None) is not None:
+        parts.insert(1, f"labelled{options.labelled}")
     return options.output_dir or Path("runs") / "-".join(map(report.slug, parts))
 
 

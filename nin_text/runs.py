@@ -13,12 +13,12 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from nin_text import models, ngrams, report, run_folder, stages, transfer
+from nin_text import models, report, run_folder, stages, transfer
 from nin_text.data import TextDataset, load_text_dataset
 from nin_text.device import keep_freed_memory, pick_device
 from nin_text.errors import UserError
 from nin_text.explain_page import mistakes_html
-from nin_text.learning import TEACHER_FILE, Learner, learn
+from nin_text.learning import TEACHER_FILE, Learner, few_labels, learn
 from nin_text.options import TrainOptions, check, is_nin, with_recipe
 from nin_text.run_folder import CHECKPOINTS
 from nin_text.text import NiNTextForSequenceClassification
@@ -153,8 +153,9 @@ def _texts_to_prepare_for(options: TrainOptions, dataset: TextDataset) -> Sequen
     If they are few, the vocabulary is also made for unlabelled ones, of which more will be learned.
     """
     texts = dataset.splits["train"].texts
-    if len(texts) <= ngrams.FEW and options.unlabelled and "unsupervised" in dataset.splits:
-        return [*texts, *dataset.splits["unsupervised"].texts]
+    if options.unlabelled and "unsupervised" in dataset.splits:
+        more = dataset.splits["unsupervised"].texts
+        return [*texts, *more] if few_labels(len(texts), len(more)) else texts
     return texts
 
 

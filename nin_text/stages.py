@@ -265,7 +265,8 @@ def fit_ngrams_to_answers(
     """Fit the n-gram branch to labelled texts and to answers: of many more n-grams it knows then.
 
     Returns:
-        The factor on it that suits answers which it was not fitted to.
+        The factor that suits answers which it was not fitted to. The branch has been multiplied by
+        it.
     """
     assert model.ngrams is not None
     weights = model.config.class_weights
@@ -276,6 +277,7 @@ def fit_ngrams_to_answers(
     logits = ngrams.predict(model.ngrams, [answered.rows[i] for i in held])
     scale = float(ngrams.best_scales([logits], answered.answers[held])[0])
     fit_to(model.ngrams, train.rows, train.labels, answered, weights)
+    model.rescale(1.0, scale)
     return scale
 
 

@@ -92,7 +92,7 @@ def test_all_stages_run_in_two_processes(further: tuple, stages: set[str], tmp_p
     data = tmp_path / "reviews"
     data.mkdir()
     rng = np.random.default_rng(0)
-    for split, n in (("train", 120), ("test", 30), ("unsupervised", 60)):
+    for split, n in (("train", 120), ("test", 30), ("unsupervised", 240)):
         rows = []
         for i in range(n):
             words = rng.choice(["plot", "film", "cast"], 8).tolist()

@@ -132,13 +132,14 @@ def test_a_run_interrupted_in_any_stage_ends_with_the_same_weights(
     if not few:
         monkeypatch.setattr(ngrams, "FEW", 0)
     corpus = load_text_dataset("demo_reviews", limit=120).splits
+    others = load_text_dataset("demo_reviews").splits["train"]
     data = write_splits(
         tmp_path / "data",
         train=[
             {"text": text, "label": label}
             for text, label in zip(corpus["train"].texts, corpus["train"].labels, strict=True)
         ],
-        unsupervised=[{"text": text} for text in corpus["validation"].texts],
+        unsupervised=[{"text": text} for text in others.texts[:250]],
     )
     options = {
         "dataset": data,

@@ -1,8 +1,8 @@
 """A linear probe: what a pretrained encoder lets a linear model tell from a few labelled texts.
 
 A network that is trained whole on a few hundred texts learns them by heart and forgets what it was
-pretrained on; logistic regression on what the encoder makes of the texts does not. It is also where
-training starts best: linear probing, then fine-tuning (Kumar et al. 2022, arXiv 2202.10054).
+pretrained on; logistic regression on what the encoder makes of the texts does not. (Going on from
+it by training the whole network, as Kumar et al. 2022, arXiv 2202.10054, do, did not help here.)
 """
 
 from __future__ import annotations

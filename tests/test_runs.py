@@ -7,6 +7,7 @@ import logging
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -121,20 +122,16 @@ def write_splits(folder: Path, **splits: list[dict[str, object]]) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize(
-    ("few", "saves"),
-    [(False, 1), (False, 2), (False, 3), (False, 4), (False, 5), (True, 3), (True, 4)],
-)
-def test_a_run_interrupted_in_any_stage_ends_with_the_same_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few: bool, saves: int
-) -> None:
-    """Two passes of each stage, a checkpoint after each; of few labelled texts it is two stages."""
-    if not few:
-        monkeypatch.setattr(ngrams, "FEW", 0)
+@pytest.fixture(scope="module")
+def whole(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[dict, Path]]:
+    """Options and folder of a run with unlabelled texts beside few labelled ones, or many."""
+    folder = tmp_path_factory.mktemp("whole")
     corpus = load_text_dataset("demo_reviews", limit=120).splits
     others = load_text_dataset("demo_reviews").splits["train"]
     data = write_splits(
-        tmp_path / "data",
+        folder / "data",
         train=[
             {"text": text, "label": label}
             for text, label in zip(corpus["train"].texts, corpus["train"].labels, strict=True)
@@ -149,10 +146,27 @@ def test_a_run_interrupted_in_any_stage_ends_with_the_same_weights(
         "epochs": 2,
         "self_training_epochs": 2,
     }
-    whole = train_text(TrainOptions(**options, output_dir=tmp_path / "whole"))
-    stages = json.loads((tmp_path / "whole" / "metrics.json").read_text())["stage_seconds"]
-    between = ["probe 1", "pretraining-again", "probe 2"] if few else ["training"]
-    assert list(stages) == ["pretraining", *between, "self-training"]
+    with pytest.MonkeyPatch.context() as patch:
+        between = ["probe 1", "pretraining-again", "probe 2"]
+        if request.param == "many":
+            patch.setattr(ngrams, "FEW", 0)
+            between = ["training"]
+        train_text(TrainOptions(**options, output_dir=folder / "run"))
+        stages = json.loads((folder / "run" / "metrics.json").read_text())["stage_seconds"]
+        assert list(stages) == ["pretraining", *between, "self-training"]
+        yield options, folder / "run"
+
+
+@pytest.mark.parametrize(
+    ("whole", "saves"),
+    [("many", 1), ("many", 2), ("many", 3), ("many", 4), ("many", 5), ("few", 3), ("few", 4)],
+    indirect=["whole"],
+)
+def test_a_run_interrupted_in_any_stage_ends_with_the_same_weights(
+    whole: tuple[dict, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saves: int
+) -> None:
+    """Two passes of each stage (of pretraining again: one), a checkpoint after each."""
+    options, run = whole
     save, saved = RunTrainer._save_checkpoint, []
 
     def save_and_stop(self, *args):
@@ -166,8 +180,9 @@ def test_a_run_interrupted_in_any_stage_ends_with_the_same_weights(
         with pytest.raises(KeyboardInterrupt):
             train_text(TrainOptions(**options, output_dir=tmp_path / "stopped"))
     resumed = train_text(TrainOptions(**options, output_dir=tmp_path / "stopped", resume=True))
-    assert resumed["test_accuracy"] == whole["test_accuracy"]
-    assert weights(tmp_path / "stopped") == weights(tmp_path / "whole")
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert resumed["test_accuracy"] == metrics["test"]["accuracy"]
+    assert weights(tmp_path / "stopped") == weights(run)
 
 
 @pytest.mark.parametrize("few", [True, False])

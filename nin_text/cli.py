@@ -46,6 +46,9 @@ FILE_ERRORS = {
 }
 
 
+_waiting: list[threading.Timer] = []  # the signal that came within an import last
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM: what stops cleanly at Ctrl-C does so at this, too."""
 
@@ -181,6 +184,8 @@ def _stopped_by_signals() -> Iterator[None]:
     try:
         yield
     finally:
+        for again in _waiting:  # for an import that was the last of the work
+            again.cancel()
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -191,11 +196,12 @@ def stop(number: int, frame: types.FrameType | None) -> None:
     An extension module whose initialization is interrupted raises an ImportError, and may bring
     the interpreter down at its exit (matplotlib's does); so the signal comes again a little later.
     """
-    if _within_import(frame):
+    if hasattr(signal, "pthread_kill") and _within_import(frame):
         thread = threading.main_thread().ident
         again = threading.Timer(IMPORT_SECONDS, signal.pthread_kill, (thread, number))
         again.daemon = True
         again.start()
+        _waiting[:] = [again]
         return
     raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 

@@ -192,13 +192,13 @@ def _open_folder(folder: Path, options: CompareOptions, dataset: TextDataset) ->
     else:
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
-            differing = [name for name, value in decisive.items() if before[name] != value]
+            differing = [name for name, value in decisive.items() if before.get(name) != value]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is damaged; give --overwrite to start anew") from error
         if differing:
             what = differing[0]
             raise UserError(
-                f"the comparison in {folder} has {what.replace('_', ' ')} {before[what]}, not "
+                f"the comparison in {folder} has {what.replace('_', ' ')} {before.get(what)}, not "
                 f"{decisive[what]}; give another --output-dir, or --overwrite to start anew"
             )
     (folder / "systems").mkdir(parents=True, exist_ok=True)

@@ -274,6 +274,7 @@ def reduced(dataset: TextDataset, size: int) -> TextDataset:
     """
     splits = dict(dataset.splits)
     held_out = max(1, round(size * len(splits["validation"]) / labelled_examples(dataset)))
+    held_out = min(held_out, size // 2)  # the rest has an example of each class
     for split, kept in (("validation", held_out), ("train", size - held_out)):
         splits[split] = splits[split].take(_order(splits[split])[:kept])
     return replace(dataset, splits=splits)
@@ -323,12 +324,19 @@ def _read_unlabelled(place: Path, text_column: str | None, known: set[str]) -> l
     """The texts of one or more files that are not empty and not among the known ones."""
     texts: list[str] = []
     for path in readers.find_files(place):
-        texts += [text for _, text, _ in readers.stream_texts(path, text_column)]
+        try:
+            texts += [text for _, text, _ in readers.stream_texts(path, text_column)]
+        except UserError:
+            if text_column is None:
+                raise
+            # The column may have that name in the labelled data alone.
+            texts += [text for _, text, _ in readers.stream_texts(path)]
     kept = [text for text in texts if not is_empty(text) and text not in known]
     if not kept:
-        raise UserError(f"{place} holds no text but empty ones and those of the test split")
+        raise UserError(f"{place} holds no text but empty ones and those that are judged by")
     if len(kept) < len(texts):
-        logger.info("%s: %s texts are empty or of the test split", place, len(texts) - len(kept))
+        left_out = len(texts) - len(kept)
+        logger.info("%s: %s texts are empty or in validation or test split", place, left_out)
     return kept
 
 

@@ -184,18 +184,26 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
         if len(classes) < 2:
             raise UserError(f"all labels are {classes[0]!r}; a classifier needs two classes")
         weight = self._weights(y, labels, sample_weight)
-        more = [] if unlabelled is None else as_texts(unlabelled)
+        more = [] if unlabelled is None or not len(unlabelled) else as_texts(unlabelled)
         if more and (weight is not None or labels.ndim == 2):
             raise UserError("unlabelled texts cannot go with weights or with several labels a text")
         if weight is not None and not weight.all():
             kept = np.flatnonzero(weight)
             texts, labels, weight = [texts[i] for i in kept], labels[kept], weight[kept]
         with self._session() as options:
-            prepared = [*texts, *more] if few_labels(len(texts), len(more)) else texts
-            again = self.warm_start and hasattr(self, "model_")
+            again = (
+                self.warm_start
+                and hasattr(self, "model_")
+                and np.array_equal(self.classes_, classes)
+            )
+            if again:
+                branch = self.model_.ngrams
+                options.ngrams = 0 if branch is None else branch.size
+            learned = len(texts) - round(len(texts) * self.validation_fraction)
+            prepared = [*texts, *more] if few_labels(options, learned, len(more)) else texts
             if more and self.pretrain_epochs is None and self.ngrams and not again:
                 options.pretrain_epochs = RECIPES["default"]["pretrain_epochs"]
-            if again and np.array_equal(self.classes_, classes):
+            if again:
                 # A copy: a fit that is interrupted leaves the last one as it was.
                 model, tokenizer = copy.deepcopy(self.model_), self.tokenizer_
             else:
@@ -369,6 +377,7 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
         common = shared_arguments(options, device)
         with tempfile.TemporaryDirectory(prefix="nin-text-") as folder:
             learner = Learner(options, model, tokenizer, validation, Path(folder) / "run", common)
+            learner.best_pass = self.early_stopping
             if unlabelled:
                 more = encode(tokenizer, unlabelled, self.max_length)
                 encoded = {
@@ -405,9 +414,7 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
                 learner.pretrain("pretraining", passes, rows, choose_targets(branch, rows))
         targets = _targets(labels, weight, learner.nin.classifier.out_features)[rest]
         train = EncodedTexts(rows, targets)
-        return learner.train(
-            "training", learner.options.epochs, train, best_pass=self.early_stopping
-        )
+        return learner.train("training", learner.options.epochs, train)
 
     def _held_out(self, labels: np.ndarray) -> tuple[list[int], list[int]]:
         """Indices of the texts to judge by, and of those to learn from."""

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nin_text import ngrams, stages
-from nin_text.options import TrainOptions, saved_nin
+from nin_text.options import TrainOptions, is_nin, saved_nin
 from nin_text.pretraining import Targets, choose_targets
 from nin_text.text import NiNTextForSequenceClassification
 from nin_text.training import EncodedTexts, TextTrainer, text_trainer
@@ -24,9 +24,16 @@ TEACHER_FILE, ANSWERS_FILE = "teacher.safetensors", "answers.safetensors"
 TIMES_AS_MANY = 2  # unlabelled texts, at least, as labelled ones to learn from few labels
 
 
-def few_labels(labelled: int, unlabelled: int) -> bool:
-    """Whether so few texts have labels, and so many have none, that the latter count for more."""
-    return ngrams.FOLDS <= labelled <= ngrams.FEW and unlabelled >= TIMES_AS_MANY * labelled
+def few_labels(options: TrainOptions, labelled: int, unlabelled: int) -> bool:
+    """Whether `learn` takes the way for few labels and many texts without.
+
+    Args:
+        options: the recipe may have been filled in or not.
+        labelled, unlabelled: how many texts there are to train on.
+    """
+    few = ngrams.FOLDS <= labelled <= ngrams.FEW and unlabelled >= TIMES_AS_MANY * labelled
+    wanted = options.unlabelled and options.teacher is None and is_nin(options.model)
+    return few and wanted and 0 not in (options.ngrams, options.self_training_epochs)
 
 
 @dataclass
@@ -37,6 +44,7 @@ class Learner:
         seconds: of each stage so far.
         expected: factors on network and n-grams, for `stages.fuse`.
         answered: unlabelled texts to which the n-gram branch has been fitted, too.
+        best_pass: see `text_trainer`.
         ngram_scale: the factor on the branch, as it is fitted to labels and answers, in the end.
     """
 
@@ -49,11 +57,10 @@ class Learner:
     seconds: dict[str, float] = field(default_factory=dict)
     expected: tuple[float, float] = (1.0, 1.0)
     answered: stages.Answered | None = None
+    best_pass: bool = True
     ngram_scale: float = 1.0
 
-    def train(
-        self, name: str, epochs: int, texts: EncodedTexts, *, best_pass: bool = True
-    ) -> TextTrainer:
+    def train(self, name: str, epochs: int, texts: EncodedTexts) -> TextTrainer:
         """Train the model, and weigh it against the n-grams."""
         trainer = text_trainer(
             self.model,
@@ -63,7 +70,7 @@ class Learner:
             texts,
             self.validation,
             epochs=epochs,
-            best_pass=best_pass,
+            best_pass=self.best_pass,
             **self.common,
         )
         trainer.train_or_resume()
@@ -120,9 +127,9 @@ def learn(
         learner.expected = stages.expected_scales(
             held_out, labelled.labels, labels_alone=not any(outside)
         )
-        few = unlabelled is not None and few_labels(len(labelled), len(unlabelled))
-        if few and opinions is None and options.self_training_epochs:
-            assert unlabelled is not None and held_out is not None
+        if unlabelled and few_labels(options, len(labelled), len(unlabelled)):
+            assert held_out is not None
+            learner.model.to(device)  # type: ignore[arg-type]
             return _from_few_labels(learner, labelled, unlabelled, held_out)
         if options.pretrain_epochs:
             rows = [*labelled.rows, *(unlabelled.rows if unlabelled else [])]
@@ -156,6 +163,8 @@ def _from_few_labels(
     rounds = [("pretraining", passes), ("pretraining-again", -(-passes // 2))]
     for i, (name, epochs) in enumerate(rounds if passes else rounds[:1]):
         if epochs:
+            # Whether or not the first round has just been made: a resumed run takes it from a file.
+            torch.manual_seed(learner.options.seed + i)
             rows = [*labelled.rows, *unlabelled.rows]
             targets = choose_targets(stages.branch_of(learner.nin), rows)
             learner.pretrain(name, epochs, rows, targets)
@@ -168,14 +177,14 @@ def _from_few_labels(
             unlabelled,
             held_out,
             learner.checkpoints / f"probe-{i + 1}.safetensors",
+            batch_tokens=2 * learner.options.batch_tokens,
+            bf16=learner.common["bf16"],
         )
         scale = stages.fit_ngrams_to_answers(learner.nin, labelled, answered)
     learner.answered = answered
     learner.expected = 0.5, 0.5  # the mean of two that have learned the same
     together = stages.with_answers(labelled, unlabelled, answered.answers)
-    # So few labels as there are to choose a pass by would choose by chance.
-    trainer = learner.train(
-        "self-training", learner.options.self_training_epochs, together, best_pass=False
-    )
+    learner.best_pass = False  # so few labels as there are to choose one by choose by chance
+    trainer = learner.train("self-training", learner.options.self_training_epochs, together)
     learner.ngram_scale *= scale
     return trainer

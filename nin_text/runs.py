@@ -153,10 +153,8 @@ def _texts_to_prepare_for(options: TrainOptions, dataset: TextDataset) -> Sequen
     If they are few, the vocabulary is also made for unlabelled ones, of which more will be learned.
     """
     texts = dataset.splits["train"].texts
-    if options.unlabelled and "unsupervised" in dataset.splits:
-        more = dataset.splits["unsupervised"].texts
-        return [*texts, *more] if few_labels(len(texts), len(more)) else texts
-    return texts
+    more = dataset.splits["unsupervised"].texts if "unsupervised" in dataset.splits else []
+    return [*texts, *more] if few_labels(options, len(texts), len(more)) else texts
 
 
 def _take_over(

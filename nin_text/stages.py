@@ -220,6 +220,9 @@ def probe(
     unlabelled: EncodedTexts,
     held_out: np.ndarray,
     path: Path,
+    *,
+    batch_tokens: int = 32_768,
+    bf16: bool = False,
 ) -> tuple[Answered, float]:
     """What few labels tell of other texts: a linear probe of the pretrained encoder, and n-grams.
 
@@ -231,6 +234,7 @@ def probe(
         train, unlabelled: the texts.
         held_out: what `fit_ngrams` returned.
         path: where the answers are left, or have been.
+        batch_tokens, bf16: of labelling.
 
     Returns:
         The unlabelled texts with their answers, and the seconds that it took.
@@ -249,9 +253,13 @@ def probe(
                 *scales,
             )
             model.rescale(*scales)
-            pad_token_id = model.config.pad_token_id or 0
             logits = predict_logits(
-                model, unlabelled.rows, pad_token_id=pad_token_id, progress="labelling"
+                model,
+                unlabelled.rows,
+                pad_token_id=model.config.pad_token_id or 0,
+                batch_tokens=batch_tokens,
+                autocast=torch.bfloat16 if bf16 else None,
+                progress="labelling",
             )
             model.load_state_dict(before)
             answers = torch.from_numpy(softmax(logits).astype(np.float32))

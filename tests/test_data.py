@@ -414,3 +414,22 @@ def test_unlabelled_files_are_read_but_for_what_is_judged_by(tmp_path: Path) -> 
     (pool / "1.txt").unlink()
     with pytest.raises(UserError, match="holds no files that end in"):
         read(unsupervised=True)
+
+
+def test_an_unlabelled_file_may_call_its_column_otherwise(tmp_path: Path) -> None:
+    frame(100).rename(columns={"text": "body"}).to_csv(tmp_path / "a.csv", index=False)
+    (tmp_path / "pool.csv").write_text("text\none\ntwo\n")
+    options = {"text_column": "body", "unlabelled_file": tmp_path / "pool.csv"}
+    dataset = load_text_dataset(str(tmp_path / "a.csv"), unsupervised=True, **options)
+    assert dataset.splits["unsupervised"].texts == ["one", "two"]
+    (tmp_path / "pool.csv").write_text("words\none\ntwo\n")
+    with pytest.raises(UserError, match="--text-column"):
+        load_text_dataset(str(tmp_path / "a.csv"), unsupervised=True, **options)
+
+
+def test_a_large_validation_split_leaves_half_of_few_labels_to_learn_from(tmp_path: Path) -> None:
+    frame(100, labels=tuple("abcde")).to_csv(tmp_path / "train.csv", index=False)
+    frame(900, 100, labels=tuple("abcde")).to_csv(tmp_path / "validation.csv", index=False)
+    dataset = load_text_dataset(str(tmp_path), labelled=20)
+    assert sizes(dataset)["train"] == sizes(dataset)["validation"] == 10
+    assert set(dataset.splits["train"].labels) == set(range(5))

@@ -200,6 +200,18 @@ def test_unlabelled_texts_are_learned_from() -> None:
         model.fit(labelled, labels, np.ones(60), unlabelled=pool)
 
 
+def test_unlabelled_texts_come_later(data) -> None:
+    """To a network that has none of what they would be read with, or was made for other labels."""
+    texts, labels, *_ = data
+    model = NiNTextClassifier(**QUICK | {"epochs": 1, "warm_start": True})
+    model.partial_fit(texts[:40], labels[:40], classes=sorted(set(labels)))
+    model.fit(texts[:40], labels[:40], unlabelled=texts[40:])
+    assert model.model_.ngrams is None
+    model.fit(texts[:40], [0, 1] * 20, unlabelled=texts[40:])
+    assert model.model_.ngrams is not None
+    assert model.fit(texts[:40], [0, 1] * 20, unlabelled=[]).n_iter_ == 1
+
+
 def test_unlabelled_texts_do_without_ngrams(data) -> None:
     texts, labels, *_ = data
     model = NiNTextClassifier(**QUICK | {"ngrams": 0, "epochs": 1})

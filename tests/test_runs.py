@@ -185,6 +185,23 @@ def test_a_run_interrupted_in_any_stage_ends_with_the_same_weights(
     assert weights(tmp_path / "stopped") == weights(run)
 
 
+@pytest.mark.parametrize("whole", ["few"], indirect=True)
+def test_a_run_stopped_between_stages_ends_with_the_same_weights(
+    whole: tuple[dict, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second round of pretraining begins alike, whether the first was made or read."""
+    options, run = whole
+
+    def stop(*arguments: object, **named: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("nin_text.stages.probe", stop)
+        train_text(TrainOptions(**options, output_dir=tmp_path / "stopped"))
+    train_text(TrainOptions(**options, output_dir=tmp_path / "stopped", resume=True))
+    assert weights(tmp_path / "stopped") == weights(run)
+
+
 @pytest.mark.parametrize("few", [True, False])
 def test_unlabelled_texts_are_learned_from(
     few: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

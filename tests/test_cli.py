@@ -107,6 +107,8 @@ def test_a_signal_waits_for_the_end_of_an_import(
 ) -> None:
     """An extension module whose initialization is interrupted fails, or crashes at exit."""
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "slow_extension", raising=False)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
     (tmp_path / "slow_extension.py").write_text(
         f"import os, time\nos.kill(os.getpid(), {int(number)})\ntime.sleep(0.2)\nwhole = True\n"
     )
@@ -120,11 +122,25 @@ def test_a_signal_waits_for_the_end_of_an_import(
         stopped_in_time = False
         return {}
 
-    with pytest.raises(SystemExit) as caught:
-        cli.run(work)
+    try:
+        with pytest.raises(SystemExit) as caught:
+            cli.run(work)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert caught.value.code == status
     assert stopped_in_time
-    assert sys.modules.pop("slow_extension").whole
+    assert sys.modules["slow_extension"].whole
+
+
+def test_an_ignored_ctrl_c_stays_ignored() -> None:
+    """As of a job in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        cli.run(lambda: {"handler": str(signal.getsignal(signal.SIGINT))})
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        cli.run(lambda: {"nothing": signal.raise_signal(signal.SIGINT)})
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_bar_that_was_interrupted_while_it_was_made_is_no_news(

@@ -31,7 +31,7 @@ def few_labels(options: TrainOptions, labelled: int, unlabelled: int) -> bool:
         options: the recipe may have been filled in or not.
         labelled, unlabelled: how many texts there are to train on.
     """
-    few = ngrams.FOLDS <= labelled <= ngrams.FEW and unlabelled >= TIMES_AS_MANY * labelled
+    few = ngrams.are_few(labelled) and unlabelled >= TIMES_AS_MANY * labelled
     wanted = options.unlabelled and options.teacher is None and is_nin(options.model)
     return few and wanted and 0 not in (options.ngrams, options.self_training_epochs)
 
@@ -159,13 +159,12 @@ def _from_few_labels(
 
     What is worth predicting is told by the labels at first, and then by the first answers.
     """
-    passes = learner.options.pretrain_epochs
+    passes, rows = learner.options.pretrain_epochs, [*labelled.rows, *unlabelled.rows]
     rounds = [("pretraining", passes), ("pretraining-again", -(-passes // 2))]
     for i, (name, epochs) in enumerate(rounds if passes else rounds[:1]):
         if epochs:
             # Whether or not the first round has just been made: a resumed run takes it from a file.
             torch.manual_seed(learner.options.seed + i)
-            rows = [*labelled.rows, *unlabelled.rows]
             targets = choose_targets(stages.branch_of(learner.nin), rows)
             learner.pretrain(name, epochs, rows, targets)
         if i:  # back to what labels alone tell, as it was held out

@@ -332,9 +332,14 @@ def predict(branch: NGramEvidence, rows: Sequence[np.ndarray]) -> np.ndarray:
     return np.asarray(counts @ branch.weight.cpu().numpy() + branch.bias.cpu().numpy())
 
 
+def are_few(count: int) -> bool:
+    """Whether labelled texts are as many as `folds` divides: few, but enough to be divided."""
+    return FOLDS <= count <= FEW
+
+
 def folds(count: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """Indices of the rest and of the fold, `FOLDS` times; none if texts are too few or many."""
-    if not FOLDS <= count <= FEW:
+    if not are_few(count):
         return []
     order = np.random.default_rng(0).permutation(count)
     return [(np.setdiff1d(order, held), held) for held in np.array_split(order, FOLDS)]

@@ -70,9 +70,11 @@ def choose_targets(branch: ngrams.NGramEvidence, rows: Sequence[np.ndarray]) -> 
         found = ngrams.features(rows, size, branch.buckets).indices
         return np.bincount(found, minlength=branch.buckets)  # (buckets,)
 
-    counts, words = counted(branch.size), counted(1)
-    if evidence.any():
-        unknown = (evidence == 0) & (words >= COMMON) & (words <= TOO_COMMON * len(rows))
+    counts = counted(branch.size)
+    unknown = (evidence == 0) & (counts >= COMMON)
+    if unknown.any() and evidence.any():  # of the texts that the branch was fitted to none is
+        words = counted(1)
+        unknown &= (words >= COMMON) & (words <= TOO_COMMON * len(rows))
         evidence[unknown] = UNKNOWN * evidence[evidence > 0].mean()
     score = evidence * np.sqrt(counts)
     kept = np.argsort(-score, kind="stable")[:MAX_TARGETS]

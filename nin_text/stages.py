@@ -45,6 +45,12 @@ from nin_text.transfer import Teacher, borrowed_embeddings
 logger = logging.getLogger(__name__)
 
 
+def branch_of(model: NiNTextForSequenceClassification) -> ngrams.NGramEvidence:
+    """The n-gram branch of a model that has one."""
+    assert model.ngrams is not None
+    return model.ngrams
+
+
 def fit_ngrams(
     model: NiNTextForSequenceClassification, train: EncodedTexts, validation: EncodedTexts
 ) -> np.ndarray | None:
@@ -54,19 +60,12 @@ def fit_ngrams(
         (n, K) logits of the training split by branches that did not see the text in question, see
         `ngrams.held_out_logits`.
     """
-    assert model.ngrams is not None
-    weights = model.config.class_weights
-    ngrams.fit(model.ngrams, train.rows, train.labels, weights)
-    logits = ngrams.predict(model.ngrams, validation.rows)
+    branch, weights = branch_of(model), model.config.class_weights
+    ngrams.fit(branch, train.rows, train.labels, weights)
+    logits = ngrams.predict(branch, validation.rows)
     right = logits.argmax(axis=1) == validation.labels
     logger.info("n-gram evidence alone: validation accuracy %.4f", right.mean())
-    return ngrams.held_out_logits(model.ngrams, train.rows, train.labels, weights)
-
-
-def branch_of(model: NiNTextForSequenceClassification) -> ngrams.NGramEvidence:
-    """The n-gram branch of a model that has one."""
-    assert model.ngrams is not None
-    return model.ngrams
+    return ngrams.held_out_logits(branch, train.rows, train.labels, weights)
 
 
 def expected_scales(
@@ -276,15 +275,14 @@ def fit_ngrams_to_answers(
         The factor that suits answers which it was not fitted to. The branch has been multiplied by
         it.
     """
-    assert model.ngrams is not None
-    weights = model.config.class_weights
+    branch, weights = branch_of(model), model.config.class_weights
     order = np.random.default_rng(0).permutation(len(answered.rows))
     held, rest = np.split(order, [len(order) // ngrams.FOLDS])
     part = Answered([answered.rows[i] for i in rest], answered.answers[rest])
-    fit_to(model.ngrams, train.rows, train.labels, part, weights)
-    logits = ngrams.predict(model.ngrams, [answered.rows[i] for i in held])
+    fit_to(branch, train.rows, train.labels, part, weights)
+    logits = ngrams.predict(branch, [answered.rows[i] for i in held])
     scale = float(ngrams.best_scales([logits], answered.answers[held])[0])
-    fit_to(model.ngrams, train.rows, train.labels, answered, weights)
+    fit_to(branch, train.rows, train.labels, answered, weights)
     model.rescale(1.0, scale)
     return scale
 

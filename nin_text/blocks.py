@@ -46,12 +46,15 @@ class Rows:
     Attributes:
         index: (B, T) int64, the row of each token; padding positions hold 0.
         token_mask: (B, T) bool, true where there is a token.
+        tokens: (M,) int64, where it is true in the flattened batch. Found once: a GPU would have
+            to be waited for whenever a mask is an index.
         mask: (N, 1) bool, true in the rows that hold a token.
         text: (N,) int64, the text that each row belongs to, separators included.
     """
 
     index: Tensor
     token_mask: Tensor
+    tokens: Tensor
     mask: Tensor
     text: Tensor
 
@@ -65,21 +68,22 @@ class Rows:
         rank = token_mask.cumsum(1) - 1  # (B, T), the place of each token in its own text
         index = ((ends - spans)[:, None] + rank).masked_fill(~token_mask, 0)
         # Few different sizes: batch after batch then fits into the memory that the last one freed.
-        total = int(ends[-1])
-        granule = max(stride, 1 << max(0, total.bit_length() - 6))  # adds 3 % at most
-        total = -(-total // granule) * granule
-        spans[-1] += total - int(ends[-1])
+        needed = int(ends[-1])
+        granule = max(stride, 1 << max(0, needed.bit_length() - 6))  # adds 3 % at most
+        total = -(-needed // granule) * granule
+        spans[-1] += total - needed
+        tokens = token_mask.flatten().nonzero()[:, 0]
         mask = torch.zeros(total, 1, dtype=torch.bool, device=token_mask.device)
-        mask[index[token_mask]] = True
+        mask[index.flatten()[tokens]] = True
         text = torch.arange(len(spans), device=spans.device).repeat_interleave(
             spans, output_size=total
         )
-        return cls(index, token_mask, mask, text)
+        return cls(index, token_mask, tokens, mask, text)
 
     def pack(self, padded: Tensor, fill: int = 0) -> Tensor:
         """(B, T) token values to (N,) rows; separators hold `fill`."""
         rows = padded.new_full((self.mask.shape[0],), fill)
-        rows[self.index[self.token_mask]] = padded[self.token_mask]
+        rows[self.index.flatten()[self.tokens]] = padded.flatten()[self.tokens]
         return rows
 
     def unpack(self, rows: Tensor, stride: int = 1) -> Tensor:

@@ -258,8 +258,9 @@ def fit(
     weight, bias = fit_linear(
         counts[:, common], labels, len(branch.bias), sample_weight=sample_weight
     )
+    device = branch.weight.device
     branch.weight.zero_()
-    branch.weight[torch.from_numpy(common)] = torch.from_numpy(weight)
+    branch.weight[torch.from_numpy(common).to(device)] = torch.from_numpy(weight).to(device)
     branch.bias.copy_(torch.from_numpy(bias))
 
 

@@ -55,6 +55,7 @@ LEAST_SECONDS = 0.3  # a fast system repeats its texts until a measurement lasts
 SAMPLE, SLOW_SAMPLE = 4096, 64  # texts; transformers get every so many-th of them
 QUICK_SAMPLE, QUICK_SLOW_SAMPLE = 1000, 16
 PRODUCT = 2048  # rows and columns of the matrices whose product is the peak
+GPU_TIMES = 4  # as many on a GPU, which is done with a smaller product sooner than it is started
 REVIEW_TOKENS = 230  # of a text whose latency is measured
 SINGLES, SLOW_SINGLES = 40, 4  # texts answered one by one in each round
 LENGTHS = (100, 1_000, 10_000, 100_000, 1_000_000)
@@ -72,7 +73,7 @@ started = time.perf_counter()
 import torch
 imported = time.perf_counter()
 from nin_text import Predictor
-Predictor(sys.argv[1]).predict([sys.argv[2]])
+Predictor(sys.argv[1], device=sys.argv[2]).predict([sys.argv[3]])
 print(imported - started, time.perf_counter() - started)
 """
 _MEMORY = """
@@ -83,8 +84,8 @@ from nin_text import Predictor
 def peak():
     return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 1024
 libraries = peak()
-predictor = Predictor(sys.argv[1])
-predictor.predict(json.loads(Path(sys.argv[2]).read_text()))
+predictor = Predictor(sys.argv[1], device=sys.argv[2])
+predictor.predict(json.loads(Path(sys.argv[3]).read_text()))
 print(libraries, peak())
 """
 
@@ -215,11 +216,12 @@ class _Benchmark:
     def _peaks(self) -> dict[str, Entry]:
         """Plain matrix products, whose "tokens" are operations."""
         device = next(iter(self.predictors.values())).device
+        size = PRODUCT * (1 if device.type == "cpu" else GPU_TIMES)
         entries = {}
         for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-            a, b = (torch.randn(PRODUCT, PRODUCT, device=device).to(dtype) for _ in range(2))
+            a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
             run = partial(_product, a, b, torch.empty_like(a))
-            entries[f"matrix product, {name}"] = Entry(run, 0, 2 * PRODUCT**3)
+            entries[f"matrix product, {name}"] = Entry(run, 0, 2 * size**3)
         return entries
 
     def _stages(self, name: str) -> dict[str, Entry]:
@@ -274,6 +276,8 @@ class _Benchmark:
             entries[INT8] = answering(int8, self.few, few, slow=True)
         elif not self.quick:
             self.notes.append(f"{INT8} is left out: onnxruntime is not installed.")
+        # Only now: it has been exported, which is done on the CPU.
+        transformer.model.to(next(iter(self.predictors.values())).device)
         return entries
 
     def _reviews(self) -> list[str]:
@@ -338,7 +342,7 @@ class _Benchmark:
     def _cold(self, name: str) -> list[list[float]]:
         """Seconds to import torch, and to the first answer, of fresh processes."""
         return [
-            _child(_COLD, str(self.folders[name]), self.texts[0])
+            _child(_COLD, str(self.folders[name]), self.options.device, self.texts[0])
             for _ in range(1 if self.quick else 5)
         ]
 
@@ -357,7 +361,7 @@ class _Benchmark:
             file = self.scratch / "texts.json"
             file.write_text(json.dumps(texts), encoding="utf-8")
             children = [
-                _child(_MEMORY, str(self.folders[name]), str(file))
+                _child(_MEMORY, str(self.folders[name]), self.options.device, str(file))
                 for _ in range(1 if self.quick else MEMORY_PROBES)
             ]
             peaks["libraries"], peaks[what] = map(max, zip(*children, strict=True))

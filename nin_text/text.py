@@ -218,10 +218,9 @@ class EncodedRows:
 
 def pool_rows(x: Tensor, layout: Rows, weights: Tensor, stride: int) -> Tensor:
     """Weighted sum of the rows of each text: (N / stride, C) and (B, T) to (B, C)."""
-    tokens = layout.token_mask
-    row_weights = x.new_zeros(x.shape[0]).index_add(
-        0, layout.index[tokens] // stride, weights[tokens]
-    )
+    token_rows = layout.index.flatten()[layout.tokens] // stride  # (M,)
+    token_weights = weights.flatten().index_select(0, layout.tokens)  # (M,)
+    row_weights = x.new_zeros(x.shape[0]).index_add(0, token_rows, token_weights)
     pooled = x.new_zeros(len(weights), x.shape[1])
     return pooled.index_add(0, layout.text[::stride], x * row_weights[:, None])
 

@@ -473,6 +473,10 @@ def training_arguments(
 
     `find_unused_parameters` is for models of which some get no gradient, in several processes.
     """
+    if compile and device.type == "cuda":
+        # For what is compiled, transformers turns TF32 on, through the newer of torch's two
+        # settings. With the older one at odds, torch refuses to read it, and to compile.
+        torch.set_float32_matmul_precision("high")
     arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=epochs,

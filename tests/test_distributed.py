@@ -22,20 +22,31 @@ COMMON = (
 
 
 def torchrun(
-    folder: Path, *arguments: object, script: str = "train_text", nodes: int = 1
+    folder: Path,
+    *arguments: object,
+    script: str = "train_text",
+    nodes: int = 1,
+    processes: int = 2,
 ) -> subprocess.CompletedProcess[str]:
     """A script in two processes, of one torchrun or, as on two machines, of one each.
+
+    Args:
+        folder: to work in.
+        arguments: of the script.
+        script: its name.
+        nodes: how many torchruns there are.
+        processes: of a single torchrun.
 
     Returns:
         The first, or only, torchrun; it fails if another does.
     """
-    place = ["--standalone", "--nproc-per-node", "2"]
+    place = ["--standalone", "--nproc-per-node", str(processes)]
     if nodes == 2:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         place = ["--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(port)]
-    processes = [
+    started = [
         subprocess.Popen(
             [
                 *(sys.executable, "-m", "torch.distributed.run", *place, "--node-rank", str(rank)),
@@ -50,12 +61,12 @@ def torchrun(
         for rank in range(nodes)
     ]
     try:
-        out, err = processes[0].communicate(timeout=280)
-        status = max(process.wait(timeout=60) for process in processes)
+        out, err = started[0].communicate(timeout=280)
+        status = max(process.wait(timeout=60) for process in started)
     finally:
-        for process in processes:
+        for process in started:
             process.kill()
-    return subprocess.CompletedProcess(processes[0].args, status, out, err)
+    return subprocess.CompletedProcess(started[0].args, status, out, err)
 
 
 def test_two_processes_give_the_weights_of_one_with_the_same_batches(

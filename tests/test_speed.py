@@ -16,6 +16,18 @@ from nin_text.options import BenchmarkOptions
 from nin_text.predictor import Predictor
 from nin_text.speed_systems import random_model
 
+SMALL: dict[str, Any] = {
+    "QUICK_SAMPLE": 40,
+    "QUICK_SLOW_SAMPLE": 2,
+    "PRODUCT": 64,
+    "LEAST_SECONDS": 1e-9,
+    "LENGTHS": (10, 100, 1000, 10_000, 0),
+    "CORPORA": (1, 10, 100, 0),
+    "CLASSES": (2, 100, 0),
+    "VOCABULARIES": (1000, 2000, 0),
+    "GROWTH_TOKENS": 1000,
+}
+
 
 def test_operations_are_those_of_the_products() -> None:
     predictor = Predictor("imdb-sentiment", device="cpu")
@@ -76,17 +88,7 @@ def test_the_share_of_the_peak_counts_operations() -> None:
 
 
 def test_a_small_benchmark_of_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {
-        "QUICK_SAMPLE": 40,
-        "QUICK_SLOW_SAMPLE": 2,
-        "PRODUCT": 64,
-        "LEAST_SECONDS": 1e-9,
-        "LENGTHS": (10, 100, 1000, 10_000, 0),
-        "CORPORA": (1, 10, 100, 0),
-        "CLASSES": (2, 100, 0),
-        "VOCABULARIES": (1000, 2000, 0),
-        "GROWTH_TOKENS": 1000,
-    }.items():
+    for name, value in SMALL.items():
         monkeypatch.setattr(speed, name, value)
     options = speed.with_defaults(
         BenchmarkOptions(

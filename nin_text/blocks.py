@@ -240,6 +240,22 @@ class SpatialConv(nn.Module):
         )
 
 
+class LayerNorm(nn.LayerNorm):
+    """Layer normalization (Ba et al. 2016, arXiv 1607.06450) that keeps bfloat16 on a GPU.
+
+    There, autocast would have it read and write float32, twice the memory for nothing: the kernel
+    computes in float32 in any case.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) to the same shape."""
+        if x.device.type != "cuda" or x.dtype != torch.bfloat16:
+            return super().forward(x)
+        with torch.autocast("cuda", enabled=False):
+            weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
 class BatchNorm(nn.BatchNorm1d):
     """Batch normalization (Ioffe & Szegedy 2015, arXiv 1502.03167) of channels-last input."""
 
@@ -250,7 +266,7 @@ class BatchNorm(nn.BatchNorm1d):
 
 NORMS: dict[str, type[nn.Module]] = {
     "none": nn.Identity,
-    "layer": nn.LayerNorm,
+    "layer": LayerNorm,
     "batch": BatchNorm,
 }
 
@@ -270,6 +286,7 @@ class MLPConv(nn.Module):
             count), or "none".
         residual: add the input to the output. The last 1x1 convolution then has no activation,
             so that the sum may move in either direction (He et al. 2016, arXiv 1603.05027).
+        initial_scale: factor on the first weights of the last convolution.
         dropout: probability of zeroing an element of the block's output, before the sum.
 
     Raises:
@@ -289,6 +306,7 @@ class MLPConv(nn.Module):
         activation: str = "relu",
         norm: str = "none",
         residual: bool = False,
+        initial_scale: float = 1.0,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
@@ -313,6 +331,8 @@ class MLPConv(nn.Module):
             activation=activation,
         )
         self.pointwise = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(channels))
+        for layer in self.pointwise[-1:] if self.pointwise else self.spatial.convs:
+            layer.initial_scale = initial_scale  # type: ignore[assignment]
         self.act = ACTIVATIONS[activation]()
         self.dropout = Dropout(dropout)
 

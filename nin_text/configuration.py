@@ -52,6 +52,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "block_channels": [[192, 384, 192]],
         "kernel_sizes": [[3]],
     },
+    # Sees 30 tokens to either side. It is worth its cost after long pretraining only.
+    "nin-text-large": {
+        **_RESIDUAL,
+        "embedding_size": 256,
+        "block_channels": [[256, 512, 256]] * 8,
+        "kernel_sizes": [[3]] * 8,
+        "dilations": [1, 2, 4, 8, 1, 2, 4, 8],
+        "embedding_dropout": 0.0,
+    },
 }
 
 

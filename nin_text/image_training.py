@@ -114,6 +114,7 @@ class ImageTrainer(ClassifierTrainer):
             batch_tokens=options.batch_size,
             ema_decay=options.ema_decay,
             title="training",
+            loaders=0,  # the images lie on the device
             **kwargs,
         )
 

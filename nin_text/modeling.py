@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch.nn.functional as F
@@ -14,7 +15,8 @@ def he_initialization(module: nn.Module) -> None:
     """He initialization, which keeps the variance through deep ReLU stacks.
 
     The default of transformers, N(0, 0.02), makes a nine-layer ReLU network constant. Through
-    `nn.init`, which leaves alone what `from_pretrained` has already loaded.
+    `nn.init`, which leaves alone what `from_pretrained` has already loaded. A layer's
+    `initial_scale`, if it has one, is a factor on its weights.
     """
     if isinstance(module, (nn.LayerNorm, nn.BatchNorm1d)):
         nn.init.ones_(module.weight)
@@ -26,7 +28,8 @@ def he_initialization(module: nn.Module) -> None:
             nn.init.ones_(module.running_var)
             nn.init.zeros_(module.num_batches_tracked)
     elif isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
-        nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        std = math.sqrt(2 / module.weight[0].numel()) * getattr(module, "initial_scale", 1.0)
+        nn.init.normal_(module.weight, std=std)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 

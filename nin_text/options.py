@@ -24,7 +24,7 @@ MAX_JSON_BYTES = 2**24
 MAX_LAYERS = 1000  # convolutions, spatial and 1x1, of the whole network
 MAX_REACH = 2**14  # tokens to either side that a layer sees; texts are kept that far apart
 MAX_NGRAM = 32
-PRESET_NAMES = ("nin-text-paper", "nin-text-small", "nin-text-base")
+PRESET_NAMES = ("nin-text-paper", "nin-text-small", "nin-text-base", "nin-text-large")
 NETWORK_NAMES = ("kim-cnn", "dpcnn", "bilstm", "transformer", "mlpconv-fc", "cnn-fc")
 LINEAR_NAMES = ("tfidf-svm", "nb-logreg")
 FASTTEXT = "fasttext"
@@ -68,8 +68,8 @@ PRECISION_HELP = "bf16, fp32, or auto for bf16 where the processor multiplies it
 # tokenizer of our choice.
 NIN_ONLY = (
     "pooling pointwise_layers word_dropout dropout class_weights label_smoothing ngrams "
-    "ngram_buckets pretrain_epochs pretrain_learning_rate self_training_epochs init_embeddings "
-    "teacher unlabelled_file"
+    "ngram_buckets pretrain_epochs pretrain_learning_rate mlm_probability self_training_epochs "
+    "init_embeddings teacher unlabelled_file"
 ).split()
 ENCODER_OPTIONS = "pooling pointwise_layers init_embeddings".split()
 TOKENIZER_OPTIONS = "tokenizer vocab_size lowercase".split()
@@ -81,6 +81,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "vocab_size": (100, 2**22),  # room for all of it is set aside at once
     "max_length": (0, 2**31 - 1),
     "word_dropout": (0, 0.99),
+    "mlm_probability": (0, 0.99),
     "dropout": (0, 0.99),
     "label_smoothing": (0, 0.99),
     "ngrams": (0, 8),
@@ -215,6 +216,9 @@ class TrainOptions(CommonOptions, LearningOptions):
         "learns to predict the telling n-grams of one part of a text from the other"
     )
     pretrain_learning_rate: float = option("peak learning rate of pretraining")
+    mlm_probability: float = option(
+        "share of tokens that are hidden in pretraining, for the network to predict them, too"
+    )
     epochs: int = option("passes over the training split")
     self_training_epochs: int = option(
         "last, if there are unlabelled texts: passes over these and the training split, with the "
@@ -428,10 +432,11 @@ def with_recipe(options: TrainOptions, examples: int) -> TrainOptions:
             about `MIN_BATCHES` of them, and fewer pieces of words: what a few texts say of a whole
             word, or of n-grams of words, tells little of others.
     """
-    recipe = dict(RECIPES["default"])
-    recipe["batch_size"] = min(recipe["batch_size"], max(4, examples // MIN_BATCHES))
+    recipe, most = dict(RECIPES["default"]), max(4, examples // MIN_BATCHES)
+    recipe["batch_size"] = min(recipe["batch_size"], most)
     if is_nin(options.model):
-        recipe |= RECIPES.get(options.dataset, {})
+        recipe |= RECIPES.get(options.dataset, {}) | RECIPES.get(options.model, {})
+        recipe["batch_size"] = min(recipe["batch_size"], most)
         if options.ngrams == 0:
             recipe["pretrain_epochs"] = 0  # which predicts n-grams
         if options.model not in PRESET_NAMES:

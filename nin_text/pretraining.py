@@ -7,13 +7,18 @@ of Johnson & Zhang (2015, arXiv 1504.01255) for whole texts instead of small reg
 what is worth predicting: n-grams count by their evidence, as in the naive Bayes subsampling of
 Zhang & Arefyev (2022, arXiv 2205.13357), and all n-grams of one bucket of `ngrams.py` are one.
 
-The predicting layer is thrown away; the encoder is then trained on the labels.
+A deep encoder can also learn what words tell of those around them: some tokens of each part are
+hidden, and predicted from the others (masked language modelling, Devlin et al. 2019, arXiv
+1810.04805). A hidden token is a vector of zeros, as in word dropout.
+
+The predicting layers are thrown away; the encoder is then trained on the labels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -23,7 +28,7 @@ from torch.utils.data import Dataset
 
 from nin_text import ngrams
 from nin_text.evaluation import pad
-from nin_text.text import NiNTextModel
+from nin_text.text import EncodedRows, NiNTextModel
 
 MAX_TARGETS = 30_000
 # N-grams in more than this share of the texts count less (Mikolov et al. 2013, arXiv 1310.4546).
@@ -143,17 +148,22 @@ def cut_in_two(
 
 
 class TwoViewModel(nn.Module):
-    """An encoder, and the layer that predicts n-grams from a pooled part.
+    """An encoder, and the layers that predict n-grams from a pooled part, and hidden tokens.
 
     Args:
         encoder: is trained in place.
         targets: what to predict.
+        mlm_probability: share of the tokens that are hidden, and predicted. If there are any, they
+            take the place of all dropout in the encoder.
     """
 
-    def __init__(self, encoder: NiNTextModel, targets: Targets) -> None:
+    def __init__(
+        self, encoder: NiNTextModel, targets: Targets, mlm_probability: float = 0.0
+    ) -> None:
         super().__init__()
         self.encoder = encoder
-        size = encoder.config.hidden_size
+        self.mlm_probability = mlm_probability
+        size, width = encoder.config.hidden_size, encoder.config.embedding_size
         self.norm = nn.LayerNorm(size)
         self.predict = nn.Linear(size, len(targets))
         self.register_buffer("target_weight", torch.from_numpy(targets.weight))
@@ -161,21 +171,52 @@ class TwoViewModel(nn.Module):
             self.predict.weight.normal_(std=0.02)
             expected = torch.from_numpy(targets.share * targets.weight)
             self.predict.bias.copy_(torch.log(expected / expected.sum()))
+        if mlm_probability:
+            self.transform = nn.Sequential(nn.Linear(size, width), nn.GELU(), nn.LayerNorm(width))
+            self.token_bias = nn.Parameter(torch.zeros(encoder.config.vocab_size))
 
     target_weight: Tensor
+
+    def train(self, mode: bool = True) -> Self:
+        """As of nn.Module, but without dropout in the encoder if tokens are hidden."""
+        super().train(mode)
+        if self.mlm_probability:
+            self.encoder.eval()
+        return self
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, part: Tensor, target: Tensor
     ) -> dict[str, Tensor]:
         """The loss: for each part the weighted mean of -log p(target), then the mean of the parts.
 
+        The mean of -log p(token) of the hidden tokens is added to it.
+
         Args:
             input_ids, attention_mask: (P, T).
             part, target: (M,), see `cut_in_two`.
         """
-        pooled = self.norm(self.encoder.encode(input_ids, attention_mask).pooled)  # (P, C)
+        seen, hidden = input_ids, None
+        if self.mlm_probability:
+            hidden = torch.rand(input_ids.shape, device=input_ids.device) < self.mlm_probability
+            hidden &= attention_mask.bool()  # (P, T)
+            seen = input_ids.masked_fill(hidden, self.encoder.config.pad_token_id or 0)
+        encoded = self.encoder.encode(seen, attention_mask)
+        pooled = self.norm(encoded.pooled)  # (P, C)
         log_p = F.log_softmax(self.predict(pooled).float(), dim=1)  # (P, F)
         weight = self.target_weight[target]  # (M,)
         total = weight.new_zeros(len(input_ids)).index_add(0, part, weight)  # (P,)
         weight = weight / total[part]
-        return {"loss": -(log_p[part, target] * weight).sum() / len(input_ids)}
+        loss = -(log_p[part, target] * weight).sum() / len(input_ids)
+        if hidden is not None:
+            loss = loss + self._token_loss(encoded, hidden, input_ids[hidden])
+        return {"loss": loss}
+
+    def _token_loss(self, encoded: EncodedRows, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """Mean of -log p of the hidden tokens, (H,) ids; `hidden` (P, T) says where they are.
+
+        The embeddings are those of the answers, too (Press & Wolf 2017, arXiv 1608.05859).
+        """
+        rows = encoded.layout.index[hidden] // self.encoder.stride  # (H,)
+        x = self.transform(encoded.rows.index_select(0, rows))  # (H, E)
+        logits = F.linear(x, self.encoder.embeddings.weight, self.token_bias).float()  # (H, V)
+        return F.cross_entropy(logits, tokens, reduction="sum") / max(1, len(tokens))

@@ -19,9 +19,9 @@ _FROM_SCRATCH: dict[str, Any] = {
     "tokenizer": "word",
 }
 
-# Values of the options of `TrainOptions` by those names. The first entry applies to every model. A
-# data set's own entry overrides it for NiN presets; for other models, that of the network's name or
-# "fine-tuning" does.
+# Values of the options of `TrainOptions` by those names. The first entry applies to every model.
+# For NiN presets a data set's own entry overrides it, and then the preset's; for other models, that
+# of the network's name or "fine-tuning" does.
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {
         "epochs": 8,
@@ -39,6 +39,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "ngrams": 3,
         "pretrain_epochs": 4,
         "pretrain_learning_rate": 2e-3,
+        "mlm_probability": 0.0,
         "self_training_epochs": 2,
     },
     "fine-tuning": {
@@ -49,6 +50,15 @@ RECIPES: dict[str, dict[str, Any]] = {
         "batch_size": 32,
         "max_length": 512,
         "patience": 2,
+    },
+    # Hours on a few cores, minutes on a GPU.
+    "nin-text-large": {
+        "pretrain_epochs": 12,
+        "mlm_probability": 0.15,
+        "epochs": 3,
+        "learning_rate": 4e-4,
+        "batch_size": 128,
+        "batch_tokens": 32_768,
     },
     "kim-cnn": _FROM_SCRATCH,
     "dpcnn": _FROM_SCRATCH,

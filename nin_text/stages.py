@@ -121,7 +121,7 @@ def pretrain(
         f"{len(targets):,}",
     )
     trainer = RunTrainer(
-        model=TwoViewModel(model.nin, targets),
+        model=TwoViewModel(model.nin, targets, options.mlm_probability),
         args=training_arguments(
             folder,
             epochs=epochs,

@@ -24,7 +24,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple
 
-from nin_text.blocks import Dropout, MLPConv, Rows, max_pool_rows, pooling_weights
+from nin_text.blocks import Dropout, LayerNorm, MLPConv, Rows, max_pool_rows, pooling_weights
 from nin_text.configuration import NiNTextConfig
 from nin_text.modeling import classification_loss, he_initialization
 from nin_text.ngrams import NGramEvidence
@@ -109,13 +109,15 @@ class NiNTextModel(NiNTextPreTrainedModel):
                 activation=config.hidden_act,
                 norm="layer" if config.norm else "none",
                 residual=config.residual,
+                # Many blocks together add no more to the embeddings than one would.
+                initial_scale=1 / math.sqrt(len(config.block_channels)) if config.residual else 1.0,
                 dropout=config.hidden_dropout,
             )
             for in_channels, channels, kernel_sizes, dilation in zip(
                 inputs, config.block_channels, config.kernel_sizes, config.dilations, strict=True
             )
         )
-        self.final_norm = nn.LayerNorm(config.hidden_size) if config.norm else nn.Identity()
+        self.final_norm = LayerNorm(config.hidden_size) if config.norm else nn.Identity()
         self.attention = nn.Linear(config.hidden_size, 1) if config.pooling == "attention" else None
         if self.attention is not None:
             # Softmax would cancel it. It is made and dropped, so that a seed draws what it drew.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -149,6 +150,7 @@ class RunTrainer(Trainer):
         ema_decay: of the averaged weights; 0 for none.
         title: of the progress bar.
         rate_option: that sets the learning rate, for advice.
+        loaders: processes that make the batches of a GPU ahead of it.
     """
 
     train_dataset: Any  # with `lengths`, the tokens of each item
@@ -162,8 +164,10 @@ class RunTrainer(Trainer):
         ema_decay: float = 0.0,
         title: str = "training",
         rate_option: str = "--learning-rate",
+        loaders: int = 2,
         **kwargs: Any,
     ) -> None:
+        self.loaders = loaders
         self.batch_tokens = batch_tokens
         self.similar_lengths = similar_lengths
         self.rate_option = rate_option
@@ -191,8 +195,15 @@ class RunTrainer(Trainer):
             similar_lengths=self.similar_lengths,
             parts=self.args.world_size * self.args.gradient_accumulation_steps,
         )
+        workers = self.loaders if self.args.device.type == "cuda" else 0
+        if workers:  # the tokenizers warn of processes that are forked, which these never use
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         loader = DataLoader(
-            self.train_dataset, batch_sampler=sampler, collate_fn=self.data_collator
+            self.train_dataset,
+            batch_sampler=sampler,
+            collate_fn=self.data_collator,
+            num_workers=workers,
+            multiprocessing_context="fork" if workers else None,
         )
         return self.accelerator.prepare(loader)
 

@@ -103,7 +103,8 @@ def test_recipes_name_options_data_sets_and_presets_that_exist() -> None:
     names = {spec.name for spec in dataclasses.fields(TrainOptions)}
     for recipe in RECIPES.values():
         assert set(recipe) <= names
-    assert set(RECIPES) - {"default", "fine-tuning", *NETWORK_NAMES} <= {*KNOWN, *LABELS}
+    models = {"default", "fine-tuning", *NETWORK_NAMES, *PRESET_NAMES}
+    assert set(RECIPES) - models <= {*KNOWN, *LABELS}
     assert tuple(PRESETS) == PRESET_NAMES
     assert tuple(NETWORKS) == NETWORK_NAMES
 
@@ -113,7 +114,7 @@ def test_recipes_name_options_data_sets_and_presets_that_exist() -> None:
     [
         ("kim-cnn", ["--dropout", "0.1"], "--dropout is for NiN presets (nin-text-paper, "),
         ("kim-cnn", ["--ngrams", "2"], "leave it out with --model kim-cnn"),
-        ("some/model", ["--dropout", "0.1"], "nin-text-base); leave it out with"),
+        ("some/model", ["--mlm-probability", "0.1"], "nin-text-large); leave it out with"),
         ("some/model", ["--no-lowercase"], "cnn-fc); leave it out with --model some/model"),
     ],
 )

@@ -148,3 +148,68 @@ def test_what_is_in_both_parts_is_learned() -> None:
     # Five of ten tokens remain possible: log 10 falls to log 5.
     assert losses[0] > math.log(8)
     assert np.mean(losses[-5:]) == pytest.approx(math.log(5), abs=0.1)
+
+
+def test_hidden_tokens_are_predicted_beside_the_targets() -> None:
+    """The loss is that of both, of texts in which the hidden tokens are padding."""
+    targets = choose_targets(fitted_branch(), texts())
+    torch.manual_seed(0)
+    encoder = NiNTextModel(NiNTextConfig.from_preset("nin-text-large", vocab_size=VOCABULARY))
+    model = TwoViewModel(encoder, targets, mlm_probability=0.5)
+    ids = torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 0, 0]])
+    mask = (ids > 0).long()
+    part, target = torch.tensor([0, 0, 1]), torch.tensor([0, 1, 2])
+    torch.manual_seed(3)
+    loss = model(ids, mask, part, target)["loss"]
+    torch.manual_seed(3)
+    hidden = (torch.rand(ids.shape) < 0.5) & mask.bool()
+    assert 0 < hidden.sum() < mask.sum()
+    output = encoder(ids.masked_fill(hidden, 0), mask)
+    log_p = model.predict(model.norm(output.pooler_output)).log_softmax(1)
+    w = torch.from_numpy(targets.weight)
+    first = (log_p[0, 0] * w[0] + log_p[0, 1] * w[1]) / (w[0] + w[1])
+    x = model.transform(output.last_hidden_state[hidden])
+    token_log_p = (x @ encoder.embeddings.weight.t() + model.token_bias).log_softmax(1)
+    tokens = token_log_p[torch.arange(len(x)), ids[hidden]].mean()
+    assert loss.item() == pytest.approx(-(first + log_p[1, 2]).item() / 2 - tokens.item(), rel=1e-4)
+
+
+def test_hidden_tokens_take_the_place_of_dropout() -> None:
+    targets = choose_targets(fitted_branch(), texts())
+    encoder = NiNTextModel(NiNTextConfig.from_preset("nin-text-base", vocab_size=VOCABULARY))
+    assert TwoViewModel(encoder, targets).train().encoder.training
+    model = TwoViewModel(encoder, targets, mlm_probability=0.15).train()
+    assert model.training and not any(part.training for part in model.encoder.modules())
+
+
+def test_a_batch_in_which_nothing_is_hidden_has_no_nan() -> None:
+    targets = choose_targets(fitted_branch(), texts())
+    model = TwoViewModel(NiNTextModel(NiNTextConfig(vocab_size=VOCABULARY)), targets, 1e-9)
+    ids, none = torch.tensor([[1, 2]]), torch.zeros(0, dtype=torch.int64)
+    loss = model(ids, torch.ones_like(ids), none, none)["loss"]
+    loss.backward()
+    assert loss.item() == 0
+
+
+def test_what_neighbours_tell_of_a_token_is_learned() -> None:
+    """In texts that count up to eleven and begin again, a hidden number can be told."""
+    rng = np.random.default_rng(0)
+    rows = [(np.arange(16) + rng.integers(11)) % 11 + 1 for _ in range(200)]
+    targets = choose_targets(fitted_branch(), texts())
+    torch.manual_seed(0)
+    config = NiNTextConfig.from_preset("nin-text-small", vocab_size=VOCABULARY)
+    model = TwoViewModel(NiNTextModel(config), targets, mlm_probability=0.15)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(60):
+        batch = cut_in_two([rows[i] for i in rng.integers(0, 200, 32)], targets, pad_token_id=0)
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        none = torch.zeros(0, dtype=torch.int64)
+        loss = model(ids, mask, none, none)["loss"]  # of the hidden tokens alone
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    # At random 2.4; where both neighbours are hidden, too, nothing tells.
+    assert losses[0] > 2
+    assert np.mean(losses[-5:]) < 0.5

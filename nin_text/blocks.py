@@ -240,22 +240,6 @@ class SpatialConv(nn.Module):
         )
 
 
-class LayerNorm(nn.LayerNorm):
-    """Layer normalization (Ba et al. 2016, arXiv 1607.06450) that keeps bfloat16 on a GPU.
-
-    There, autocast would have it read and write float32, twice the memory for nothing: the kernel
-    computes in float32 in any case.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., C) to the same shape."""
-        if x.device.type != "cuda" or x.dtype != torch.bfloat16:
-            return super().forward(x)
-        with torch.autocast("cuda", enabled=False):
-            weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
-
-
 class BatchNorm(nn.BatchNorm1d):
     """Batch normalization (Ioffe & Szegedy 2015, arXiv 1502.03167) of channels-last input."""
 
@@ -266,7 +250,7 @@ class BatchNorm(nn.BatchNorm1d):
 
 NORMS: dict[str, type[nn.Module]] = {
     "none": nn.Identity,
-    "layer": LayerNorm,
+    "layer": nn.LayerNorm,
     "batch": BatchNorm,
 }
 

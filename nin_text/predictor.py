@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 # Characters of a job, which one thread works on. Smaller calls are cut into one for each thread,
 # but not below the least: the threads would wait for each other.
 LEAST_JOB, MOST_JOB = 2**14, 2**17
+GPU_THREADS = 4  # that tokenize for a GPU: two left it waiting, and sixteen were hardly faster
 UNLIMITED = 10**9  # tokens
 MODEL_FILES = (CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE, TOKENIZER_CONFIG_FILE)
 MOST_TABLE_BYTES = 2**28  # of a folded convolution; a larger one is computed
@@ -101,7 +102,7 @@ class Predictor:
         self.tokenizer = PackedTokenizer(folder, max_length)
         dtype = torch.bfloat16 if bf16 else torch.float32
         self.classifier = _pack(config, weights, dtype, self.device, folder, loaded)
-        self.threads = torch.get_num_threads() if self.device.type == "cpu" else 2
+        self.threads = torch.get_num_threads() if self.device.type == "cpu" else GPU_THREADS
         self._pool: ThreadPoolExecutor | None = None
         self._lock = Lock()
 

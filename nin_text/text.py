@@ -24,7 +24,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple
 
-from nin_text.blocks import Dropout, LayerNorm, MLPConv, Rows, max_pool_rows, pooling_weights
+from nin_text.blocks import Dropout, MLPConv, Rows, max_pool_rows, pooling_weights
 from nin_text.configuration import NiNTextConfig
 from nin_text.modeling import classification_loss, he_initialization
 from nin_text.ngrams import NGramEvidence
@@ -117,7 +117,7 @@ class NiNTextModel(NiNTextPreTrainedModel):
                 inputs, config.block_channels, config.kernel_sizes, config.dilations, strict=True
             )
         )
-        self.final_norm = LayerNorm(config.hidden_size) if config.norm else nn.Identity()
+        self.final_norm = nn.LayerNorm(config.hidden_size) if config.norm else nn.Identity()
         self.attention = nn.Linear(config.hidden_size, 1) if config.pooling == "attention" else None
         if self.attention is not None:
             # Softmax would cancel it. It is made and dropped, so that a seed draws what it drew.

@@ -74,6 +74,17 @@ def test_small_data_sets_get_smaller_batches() -> None:
     sizes = [with_recipe(parse(), examples).batch_size for examples in (10, 1000, 100_000)]
     assert sizes == [4, 20, 64]
     assert with_recipe(parse("--batch-size", "64"), 10).batch_size == 64
+    large = [with_recipe(parse("--model", "nin-text-large"), n).batch_size for n in (10, 100_000)]
+    assert large == [4, 128]
+
+
+def test_only_deep_networks_predict_hidden_tokens() -> None:
+    """A preset's own recipe comes last, also where a data set has one."""
+    for dataset in ("demo_reviews", "imdb"):
+        deep = with_recipe(parse("--model", "nin-text-large", "--dataset", dataset), 100)
+        assert (deep.mlm_probability, deep.pretrain_epochs) == (0.15, 9)
+        assert with_recipe(parse("--dataset", dataset), 100).mlm_probability == 0
+    assert with_recipe(parse("--model", "nin-text-large", "--ngrams", "0"), 9).pretrain_epochs == 0
 
 
 def test_small_data_sets_get_fewer_pieces_of_words_but_as_many_words() -> None:

@@ -143,6 +143,7 @@ def whole(
         "model": "nin-text-small",
         "quiet": True,
         "pretrain_epochs": 2,
+        "mlm_probability": 0.15,
         "epochs": 2,
         "self_training_epochs": 2,
     }

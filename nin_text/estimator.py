@@ -75,7 +75,8 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
     it a multi-label classifier, which has no n-gram evidence and takes no weights.
 
     Args:
-        model: preset ("nin-text-small", "nin-text-base", "nin-text-paper").
+        model: preset ("nin-text-small", "nin-text-base", "nin-text-paper", "nin-text-large"). The
+            last is for a GPU, thousands of unlabelled texts and a learning rate of 4e-4.
         tokenizer: "wordpiece", "bpe" or "word" to train one on the texts, or a folder.
         vocab_size: most tokens in a trained vocabulary; None for as many as there are training
             texts, but at least 500 and at most 30,000, which is also what `partial_fit` and words
@@ -83,7 +84,7 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
         max_length: cut texts to this many tokens; 0 for never.
         ngrams: tokens of the longest n-gram whose evidence is added; 0 for none.
         pretrain_epochs: passes in which the network first learns to predict telling n-grams; None
-            for 4 if `fit` is given unlabelled texts and 0 otherwise.
+            for 4 (of nin-text-large 9) if `fit` is given unlabelled texts and 0 otherwise.
         epochs: most passes over the texts.
         learning_rate: peak learning rate of AdamW; that of `partial_fit` throughout.
         weight_decay: of AdamW.
@@ -202,7 +203,8 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
             learned = len(texts) - round(len(texts) * self.validation_fraction)
             prepared = [*texts, *more] if few_labels(options, learned, len(more)) else texts
             if more and self.pretrain_epochs is None and self.ngrams and not again:
-                options.pretrain_epochs = RECIPES["default"]["pretrain_epochs"]
+                recipe = RECIPES["default"] | RECIPES.get(self.model, {})
+                options.pretrain_epochs = recipe["pretrain_epochs"]
             if again:
                 # A copy: a fit that is interrupted leaves the last one as it was.
                 model, tokenizer = copy.deepcopy(self.model_), self.tokenizer_

@@ -28,7 +28,8 @@ def he_initialization(module: nn.Module) -> None:
             nn.init.ones_(module.running_var)
             nn.init.zeros_(module.num_batches_tracked)
     elif isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
-        std = math.sqrt(2 / module.weight[0].numel()) * getattr(module, "initial_scale", 1.0)
+        std = math.sqrt(2 / math.prod(module.weight.shape[1:]))
+        std *= getattr(module, "initial_scale", 1.0)
         nn.init.normal_(module.weight, std=std)
         if module.bias is not None:
             nn.init.zeros_(module.bias)

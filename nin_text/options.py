@@ -385,7 +385,7 @@ class BenchmarkOptions(CommonOptions, DataOptions):
     model: list[str] = option(
         f"NiN models: ready-made ({', '.join(READY_MADE)}), run folders, or presets "
         f"({', '.join(PRESET_NAMES)}), which get random weights",
-        (READY_MADE[0], *PRESET_NAMES[1:]),
+        (READY_MADE[0], "nin-text-small", "nin-text-base"),
         nargs="+",
         metavar="MODEL",
     )
@@ -435,8 +435,10 @@ def with_recipe(options: TrainOptions, examples: int) -> TrainOptions:
     recipe, most = dict(RECIPES["default"]), max(4, examples // MIN_BATCHES)
     recipe["batch_size"] = min(recipe["batch_size"], most)
     if is_nin(options.model):
-        recipe |= RECIPES.get(options.dataset, {}) | RECIPES.get(options.model, {})
-        recipe["batch_size"] = min(recipe["batch_size"], most)
+        preset = dict(RECIPES.get(_preset_of(options.model), {}))
+        if "batch_size" in preset:
+            preset["batch_size"] = min(preset["batch_size"], most)
+        recipe |= RECIPES.get(options.dataset, {}) | preset
         if options.ngrams == 0:
             recipe["pretrain_epochs"] = 0  # which predicts n-grams
         if options.model not in PRESET_NAMES:
@@ -448,7 +450,21 @@ def with_recipe(options: TrainOptions, examples: int) -> TrainOptions:
     if (options.tokenizer or recipe["tokenizer"]) != "word":
         recipe["vocab_size"] = min(recipe["vocab_size"], max(MIN_VOCABULARY, examples))
     missing = {name: value for name, value in recipe.items() if getattr(options, name) is None}
-    return dataclasses.replace(options, **missing)
+    filled = dataclasses.replace(options, **missing)
+    if not filled.pretrain_epochs and filled.mlm_probability:
+        if options.mlm_probability:
+            raise UserError(
+                "--mlm-probability hides tokens in pretraining, of which this run has none; give "
+                "--pretrain-epochs, or leave it out"
+            )
+        filled.mlm_probability = 0.0
+    return filled
+
+
+def _preset_of(model: str) -> str:
+    """The preset that a NiN is, or that a finished run began with; "" if that is not known."""
+    name = model if model in PRESET_NAMES else run_metrics(model).get("model")
+    return name if name in PRESET_NAMES else ""
 
 
 def model_folder(name: str) -> str:

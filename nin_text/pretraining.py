@@ -208,15 +208,20 @@ class TwoViewModel(nn.Module):
         weight = weight / total[part]
         loss = -(log_p[part, target] * weight).sum() / len(input_ids)
         if hidden is not None:
-            loss = loss + self._token_loss(encoded, hidden, input_ids[hidden])
+            loss = loss + self._token_loss(encoded, hidden, input_ids)
         return {"loss": loss}
 
-    def _token_loss(self, encoded: EncodedRows, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """Mean of -log p of the hidden tokens, (H,) ids; `hidden` (P, T) says where they are.
+    def _token_loss(self, encoded: EncodedRows, hidden: Tensor, input_ids: Tensor) -> Tensor:
+        """Mean of -log p of the tokens where `hidden` (P, T) is true.
 
         The embeddings are those of the answers, too (Press & Wolf 2017, arXiv 1608.05859).
         """
-        rows = encoded.layout.index[hidden] // self.encoder.stride  # (H,)
+        places = hidden.flatten().nonzero()[:, 0]  # (H,)
+        tokens = input_ids.flatten()[places]  # (H,)
+        rows = encoded.layout.index.flatten()[places] // self.encoder.stride  # (H,)
         x = self.transform(encoded.rows.index_select(0, rows))  # (H, E)
-        logits = F.linear(x, self.encoder.embeddings.weight, self.token_bias).float()  # (H, V)
+        answers, pad = self.encoder.embeddings.weight, self.encoder.config.pad_token_id
+        if pad is not None:  # never an answer; and as one its vector would not stay zero
+            answers = answers.index_fill(0, torch.tensor([pad], device=answers.device), 0)
+        logits = F.linear(x, answers, self.token_bias).float()  # (H, V)
         return F.cross_entropy(logits, tokens, reduction="sum") / max(1, len(tokens))

@@ -73,6 +73,11 @@ def _begun(checkpoints: Path) -> bool:
     )
 
 
+def _is_same(before: dict[str, Any], name: str, value: Any) -> bool:
+    """Whether an option was the same before; one that came later was off."""
+    return bool(before[name] == value) if name in before else not value
+
+
 def _check_same(record: dict[str, Any], path: Path, folder: Path) -> None:
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
@@ -81,7 +86,7 @@ def _check_same(record: dict[str, Any], path: Path, folder: Path) -> None:
     if not isinstance(before, dict):
         raise UserError(f"{path} is damaged; start anew without --resume")
     for name, value in record.items():
-        if before.get(name) != value:
+        if not _is_same(before, name, value):
             raise UserError(
                 f"the run in {folder} has {name.replace('_', ' ')} {before.get(name)}, not {value};"
                 f" repeat its options to resume it, or give another --output-dir"
@@ -92,8 +97,8 @@ def finished_run(folder: Path, record: dict[str, Any]) -> dict[str, Any] | None:
     """The summary of a run of these options that came to its end, None otherwise."""
     try:
         metrics = json.loads((folder / report.METRICS_FILE).read_text(encoding="utf-8"))
-        # An option that came later was not given then.
-        if any(metrics["options"].get(name) != value for name, value in record.items()):
+        before = metrics["options"]
+        if not all(_is_same(before, name, value) for name, value in record.items()):
             return None
         finished = summary(metrics, folder)
     except (OSError, ValueError, KeyError, TypeError):

@@ -271,7 +271,8 @@ def _run_fit(folder: Path) -> Fit:
     if metrics["model"] in (*PRESET_NAMES, *NETWORK_NAMES):
         names += ["tokenizer", "vocab_size"]
     if metrics["model"] in PRESET_NAMES:
-        names += "ngrams pretrain_epochs self_training_epochs dropout unlabelled".split()
+        names += "ngrams pretrain_epochs mlm_probability self_training_epochs".split()
+        names += ["dropout", "unlabelled"]
     settings = {name: metrics["options"].get(name) for name in names}
     settings |= {name: metrics[name] for name in ("epochs_run", "best_epoch")}
     record = {

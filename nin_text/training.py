@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -195,8 +196,9 @@ class RunTrainer(Trainer):
             similar_lengths=self.similar_lengths,
             parts=self.args.world_size * self.args.gradient_accumulation_steps,
         )
-        workers = self.loaders if self.args.device.type == "cuda" else 0
-        if workers:  # the tokenizers warn of processes that are forked, which these never use
+        can_fork = hasattr(os, "fork") and not multiprocessing.current_process().daemon
+        workers = self.loaders if can_fork and self.args.device.type == "cuda" else 0
+        if workers:  # tokenizers, which they never use, would warn of a fork
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         loader = DataLoader(
             self.train_dataset,

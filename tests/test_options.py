@@ -84,7 +84,15 @@ def test_only_deep_networks_predict_hidden_tokens() -> None:
         deep = with_recipe(parse("--model", "nin-text-large", "--dataset", dataset), 100)
         assert (deep.mlm_probability, deep.pretrain_epochs) == (0.15, 9)
         assert with_recipe(parse("--dataset", dataset), 100).mlm_probability == 0
-    assert with_recipe(parse("--model", "nin-text-large", "--ngrams", "0"), 9).pretrain_epochs == 0
+    alone = with_recipe(parse("--model", "nin-text-large", "--ngrams", "0"), 9)
+    assert (alone.pretrain_epochs, alone.mlm_probability) == (0, 0)
+    for arguments in (["--ngrams", "0"], ["--pretrain-epochs", "0"], ["--dataset", "sst2"]):
+        with pytest.raises(UserError, match="--mlm-probability hides tokens in pretraining"):
+            with_recipe(parse("--mlm-probability", "0.1", *arguments), 100)
+
+
+def test_a_data_sets_own_batch_size_stays_on_few_examples() -> None:
+    assert with_recipe(parse("--dataset", "sst2"), 10).batch_size == 128
 
 
 def test_small_data_sets_get_fewer_pieces_of_words_but_as_many_words() -> None:

@@ -169,7 +169,9 @@ def test_hidden_tokens_are_predicted_beside_the_targets() -> None:
     w = torch.from_numpy(targets.weight)
     first = (log_p[0, 0] * w[0] + log_p[0, 1] * w[1]) / (w[0] + w[1])
     x = model.transform(output.last_hidden_state[hidden])
-    token_log_p = (x @ encoder.embeddings.weight.t() + model.token_bias).log_softmax(1)
+    answers = encoder.embeddings.weight.clone()
+    answers[0] = 0
+    token_log_p = (x @ answers.t() + model.token_bias).log_softmax(1)
     tokens = token_log_p[torch.arange(len(x)), ids[hidden]].mean()
     assert loss.item() == pytest.approx(-(first + log_p[1, 2]).item() / 2 - tokens.item(), rel=1e-4)
 
@@ -212,4 +214,5 @@ def test_what_neighbours_tell_of_a_token_is_learned() -> None:
         losses.append(loss.item())
     # At random 2.4; where both neighbours are hidden, too, nothing tells.
     assert losses[0] > 2
-    assert np.mean(losses[-5:]) < 0.5
+    assert np.mean(losses[-5:]) < 0.6
+    assert not model.encoder.embeddings.weight[0].any(), "a hidden token is a vector of zeros"

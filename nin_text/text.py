@@ -109,7 +109,7 @@ class NiNTextModel(NiNTextPreTrainedModel):
                 activation=config.hidden_act,
                 norm="layer" if config.norm else "none",
                 residual=config.residual,
-                # Many blocks together add no more to the embeddings than one would.
+                # Many blocks add no more to the embeddings than one (Radford et al. 2019, GPT-2).
                 initial_scale=1 / math.sqrt(len(config.block_channels)) if config.residual else 1.0,
                 dropout=config.hidden_dropout,
             )

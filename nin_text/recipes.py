@@ -51,7 +51,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "max_length": 512,
         "patience": 2,
     },
-    # Minutes on a GPU; on IMDB half a day on one core.
+    # Minutes on a GPU; on IMDB most of a day on one core.
     "nin-text-large": {
         "pretrain_epochs": 9,
         "mlm_probability": 0.15,

@@ -203,8 +203,7 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
             learned = len(texts) - round(len(texts) * self.validation_fraction)
             prepared = [*texts, *more] if few_labels(options, learned, len(more)) else texts
             if more and self.pretrain_epochs is None and self.ngrams and not again:
-                recipe = RECIPES["default"] | RECIPES.get(self.model, {})
-                options.pretrain_epochs = recipe["pretrain_epochs"]
+                options.pretrain_epochs = None  # type: ignore[assignment]  # left to the recipe
             if again:
                 # A copy: a fit that is interrupted leaves the last one as it was.
                 model, tokenizer = copy.deepcopy(self.model_), self.tokenizer_

@@ -222,6 +222,7 @@ class TwoViewModel(nn.Module):
         x = self.transform(encoded.rows.index_select(0, rows))  # (H, E)
         answers, pad = self.encoder.embeddings.weight, self.encoder.config.pad_token_id
         if pad is not None:  # never an answer; and as one its vector would not stay zero
-            answers = answers.index_fill(0, torch.tensor([pad], device=answers.device), 0)
+            answers = answers.clone()
+            answers[pad] = 0
         logits = F.linear(x, answers, self.token_bias).float()  # (H, V)
         return F.cross_entropy(logits, tokens, reduction="sum") / max(1, len(tokens))

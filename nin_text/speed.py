@@ -174,6 +174,7 @@ class _Benchmark:
         self.predictors = {
             name: Predictor(folder, device=options.device) for name, folder in self.folders.items()
         }
+        self.any_predictor = next(iter(self.predictors.values()))
 
     def measure(self) -> dict[str, Any]:
         self.notes: list[str] = []
@@ -190,7 +191,7 @@ class _Benchmark:
         ]
         return {
             "command": report.command(),
-            "environment": report.environment(next(iter(self.predictors.values())).device),
+            "environment": report.environment(self.any_predictor.device),
             "dataset": self.dataset.name,
             "data_source": self.dataset.source,
             "rounds": self.options.rounds,
@@ -215,7 +216,7 @@ class _Benchmark:
 
     def _peaks(self) -> dict[str, Entry]:
         """Plain matrix products, whose "tokens" are operations."""
-        device = next(iter(self.predictors.values())).device
+        device = self.any_predictor.device
         size = PRODUCT * (1 if device.type == "cpu" else GPU_TIMES)
         entries = {}
         for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
@@ -258,7 +259,7 @@ class _Benchmark:
 
     def _others(self, fits: dict[str, float]) -> dict[str, Entry]:
         """The systems that we are compared with; seconds of fitting are put into `fits`."""
-        tokenizer = next(iter(self.predictors.values())).tokenizer
+        tokenizer = self.any_predictor.tokenizer
         tokens, few = (int(tokenizer.encode(t)[1].sum()) for t in (self.texts, self.few))
         entries = {}
         for name, make in ((FASTTEXT, fasttext), (SVM, svm)):
@@ -277,12 +278,12 @@ class _Benchmark:
         elif not self.quick:
             self.notes.append(f"{INT8} is left out: onnxruntime is not installed.")
         # Only now: it has been exported, which is done on the CPU.
-        transformer.model.to(next(iter(self.predictors.values())).device)
+        transformer.model.to(self.any_predictor.device)
         return entries
 
     def _reviews(self) -> list[str]:
         """Texts of about `REVIEW_TOKENS` tokens."""
-        tokenizer = next(iter(self.predictors.values())).tokenizer
+        tokenizer = self.any_predictor.tokenizer
         lengths = tokenizer.encode(self.texts)[1]
         nearest = np.argsort(np.abs(lengths - REVIEW_TOKENS), kind="stable")[:SINGLES]
         return [self.texts[i] for i in nearest]
@@ -301,7 +302,7 @@ class _Benchmark:
 
     def _growth(self) -> dict[str, list[dict[str, float]]]:
         """Rates of the first model as one thing grows; each the best of three."""
-        predictor = next(iter(self.predictors.values()))
+        predictor = self.any_predictor
         unit = " ".join(self.texts)
         tokens_of = predictor.tokenizer.encode
         scale = 10 if self.quick else 1
@@ -327,7 +328,7 @@ class _Benchmark:
     def _grown(self, key: str, value: int) -> dict[str, float]:
         """Tokens per second of the small preset's network and n-grams with one size changed."""
         sizes = {"classes": 2, "vocab_size": 30_000} | {key: value}
-        predictor = next(iter(self.predictors.values()))
+        predictor = self.any_predictor
         classifier = random_classifier(predictor, **sizes)
         rng = np.random.default_rng(0)
         lengths = predictor.tokenizer.encode(self.texts)[1]

@@ -156,8 +156,8 @@ def fuse(trainer: TextTrainer, expected: Sequence[float]) -> float:
         The factor on the n-grams, for `refit_ngrams`.
     """
     model, validation = trainer.best_model, trainer.eval_dataset
-    assert isinstance(model, NiNTextForSequenceClassification) and model.ngrams is not None
-    added = ngrams.predict(model.ngrams, validation.rows)
+    assert isinstance(model, NiNTextForSequenceClassification)
+    added = ngrams.predict(branch_of(model), validation.rows)
     network = trainer.logits(validation) - added
     scales = ngrams.cautious_scales([network, added], validation.labels, expected)
     model.rescale(*scales)
@@ -179,10 +179,10 @@ def refit_ngrams(
         answered: what else it was fitted to.
     """
     model, validation = trainer.best_model, trainer.eval_dataset
-    assert isinstance(model, NiNTextForSequenceClassification) and model.ngrams is not None
+    assert isinstance(model, NiNTextForSequenceClassification)
     labels = np.concatenate([train.labels, validation.labels])
     rows = [*train.rows, *validation.rows]
-    fit_to(model.ngrams, rows, labels, answered, model.config.class_weights)
+    fit_to(branch_of(model), rows, labels, answered, model.config.class_weights)
     model.rescale(1.0, scale)
 
 

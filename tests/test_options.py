@@ -133,6 +133,7 @@ def test_recipes_name_options_data_sets_and_presets_that_exist() -> None:
     [
         ("kim-cnn", ["--dropout", "0.1"], "--dropout is for NiN presets (nin-text-paper, "),
         ("kim-cnn", ["--ngrams", "2"], "leave it out with --model kim-cnn"),
+        ("some/model", ["--dropout", "0.1"], "nin-text-base, nin-text-large); leave it out with"),
         ("some/model", ["--mlm-probability", "0.1"], "nin-text-large); leave it out with"),
         ("some/model", ["--no-lowercase"], "cnn-fc); leave it out with --model some/model"),
     ],

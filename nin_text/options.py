@@ -69,7 +69,7 @@ PRECISION_HELP = "bf16, fp32, or auto for bf16 where the processor multiplies it
 NIN_ONLY = (
     "pooling pointwise_layers word_dropout dropout class_weights label_smoothing ngrams "
     "ngram_buckets pretrain_epochs pretrain_learning_rate mlm_probability self_training_epochs "
-    "init_embeddings teacher unlabelled_file"
+    "init_embeddings teacher unlabelled_file compile"
 ).split()
 ENCODER_OPTIONS = "pooling pointwise_layers init_embeddings".split()
 TOKENIZER_OPTIONS = "tokenizer vocab_size lowercase".split()
@@ -243,6 +243,11 @@ class TrainOptions(CommonOptions, LearningOptions):
     ema_decay: float = option("decay of the averaged weights (0: no averaging)")
     patience: int = option("stop after this many epochs without a better validation score")
     precision: str = option(PRECISION_HELP, "auto", choices=PRECISIONS)
+    compile: bool = option(
+        "compile the blocks for pretraining (torch.compile): half a minute, which pays on a GPU "
+        "after some thousand steps",
+        False,
+    )
     save_dtype: str = option(
         "weights in the saved file; float16 halves it, float8 (that for embeddings and n-grams, "
         "float16 for the rest) quarters it; the test split is scored with what is saved",
@@ -451,12 +456,13 @@ def with_recipe(options: TrainOptions, examples: int) -> TrainOptions:
         recipe["vocab_size"] = min(recipe["vocab_size"], max(MIN_VOCABULARY, examples))
     missing = {name: value for name, value in recipe.items() if getattr(options, name) is None}
     filled = dataclasses.replace(options, **missing)
-    if not filled.pretrain_epochs and filled.mlm_probability:
-        if options.mlm_probability:
-            raise UserError(
-                "--mlm-probability hides tokens in pretraining, of which this run has none; give "
-                "--pretrain-epochs, or leave it out"
-            )
+    if not filled.pretrain_epochs:
+        for name in ("mlm_probability", "compile"):
+            if getattr(options, name):
+                raise UserError(
+                    f"--{name.replace('_', '-')} is for pretraining, of which this run has none; "
+                    f"give --pretrain-epochs, or leave it out"
+                )
         filled.mlm_probability = 0.0
     return filled
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from nin_text import ngrams
+from nin_text.blocks import Rows
 from nin_text.evaluation import pad
 from nin_text.text import EncodedRows, NiNTextModel
 
@@ -110,18 +111,20 @@ class LongEnoughTexts(Dataset):
 
 
 def cut_in_two(
-    rows: Sequence[np.ndarray], targets: Targets, pad_token_id: int
+    rows: Sequence[np.ndarray], targets: Targets, pad_token_id: int, mlm_probability: float = 0.0
 ) -> dict[str, Tensor]:
     """A batch of 2B parts, with the targets of each part's other part.
 
     Args:
         rows: token ids of B texts, two and more each.
         targets: what is predicted.
-        pad_token_id: id to pad with.
+        pad_token_id: id to pad with, and to hide tokens behind.
+        mlm_probability: share of the tokens that are hidden.
 
     Returns:
         input_ids and attention_mask, (2B, T); part and target, (M,) int64 each: the part that is
-        to predict, and what. The cuts are drawn from torch's generator.
+        to predict, and what; if tokens are hidden, hidden and token, (H,) int64 each: where in the
+        flattened input_ids, and which. Cuts and tokens are drawn from torch's generator.
     """
     lengths = np.array([len(row) for row in rows])  # (B,)
     share = NEAREST_CUT + (1 - 2 * NEAREST_CUT) * torch.rand(len(rows), dtype=torch.float64).numpy()
@@ -139,12 +142,19 @@ def cut_in_two(
     part = 2 * text + before  # what lies before the cut is for the part after it
     # Not NumPy's, which takes several times as long.
     pairs = torch.from_numpy((part * len(targets) + found)[after | before]).unique()
-    return {
+    batch = {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
         "part": pairs // len(targets),
         "target": pairs % len(targets),
     }
+    if mlm_probability:
+        tokens = attention_mask.flatten().nonzero()[:, 0]
+        hidden = tokens[torch.rand(len(tokens)) < mlm_probability]
+        flat = input_ids.view(-1)
+        batch |= {"hidden": hidden, "token": flat[hidden]}
+        flat[hidden] = pad_token_id
+    return batch
 
 
 class TwoViewModel(nn.Module):
@@ -153,16 +163,14 @@ class TwoViewModel(nn.Module):
     Args:
         encoder: is trained in place.
         targets: what to predict.
-        mlm_probability: share of the tokens that are hidden, and predicted. If there are any, they
-            take the place of all dropout in the encoder.
+        hides_tokens: whether tokens are hidden, and predicted. They take the place of all dropout
+            in the encoder.
     """
 
-    def __init__(
-        self, encoder: NiNTextModel, targets: Targets, mlm_probability: float = 0.0
-    ) -> None:
+    def __init__(self, encoder: NiNTextModel, targets: Targets, hides_tokens: bool = False) -> None:
         super().__init__()
         self.encoder = encoder
-        self.mlm_probability = mlm_probability
+        self.hides_tokens = hides_tokens
         size, width = encoder.config.hidden_size, encoder.config.embedding_size
         self.norm = nn.LayerNorm(size)
         self.predict = nn.Linear(size, len(targets))
@@ -171,7 +179,7 @@ class TwoViewModel(nn.Module):
             self.predict.weight.normal_(std=0.02)
             expected = torch.from_numpy(targets.share * targets.weight)
             self.predict.bias.copy_(torch.log(expected / expected.sum()))
-        if mlm_probability:
+        if hides_tokens:
             self.transform = nn.Sequential(nn.Linear(size, width), nn.GELU(), nn.LayerNorm(width))
             self.token_bias = nn.Parameter(torch.zeros(encoder.config.vocab_size))
 
@@ -180,12 +188,19 @@ class TwoViewModel(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """As of nn.Module, but without dropout in the encoder if tokens are hidden."""
         super().train(mode)
-        if self.mlm_probability:
+        if self.hides_tokens:
             self.encoder.eval()
         return self
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, part: Tensor, target: Tensor
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        part: Tensor,
+        target: Tensor,
+        hidden: Tensor | None = None,
+        token: Tensor | None = None,
+        layout: Rows | None = None,
     ) -> dict[str, Tensor]:
         """The loss: for each part the weighted mean of -log p(target), then the mean of the parts.
 
@@ -194,35 +209,30 @@ class TwoViewModel(nn.Module):
         Args:
             input_ids, attention_mask: (P, T).
             part, target: (M,), see `cut_in_two`.
+            hidden, token: (H,), likewise.
+            layout: see `NiNTextModel.encode`.
         """
-        seen, hidden = input_ids, None
-        if self.mlm_probability:
-            hidden = torch.rand(input_ids.shape, device=input_ids.device) < self.mlm_probability
-            hidden &= attention_mask.bool()  # (P, T)
-            seen = input_ids.masked_fill(hidden, self.encoder.config.pad_token_id or 0)
-        encoded = self.encoder.encode(seen, attention_mask)
+        encoded = self.encoder.encode(input_ids, attention_mask, layout)
         pooled = self.norm(encoded.pooled)  # (P, C)
         log_p = F.log_softmax(self.predict(pooled).float(), dim=1)  # (P, F)
         weight = self.target_weight[target]  # (M,)
         total = weight.new_zeros(len(input_ids)).index_add(0, part, weight)  # (P,)
         weight = weight / total[part]
         loss = -(log_p[part, target] * weight).sum() / len(input_ids)
-        if hidden is not None:
-            loss = loss + self._token_loss(encoded, hidden, input_ids)
+        if hidden is not None and token is not None:
+            loss = loss + self._token_loss(encoded, hidden, token)
         return {"loss": loss}
 
-    def _token_loss(self, encoded: EncodedRows, hidden: Tensor, input_ids: Tensor) -> Tensor:
-        """Mean of -log p of the tokens where `hidden` (P, T) is true.
+    def _token_loss(self, encoded: EncodedRows, hidden: Tensor, token: Tensor) -> Tensor:
+        """Mean of -log p(token) of the hidden tokens, (H,) each.
 
         The embeddings are those of the answers, too (Press & Wolf 2017, arXiv 1608.05859).
         """
-        places = hidden.flatten().nonzero()[:, 0]  # (H,)
-        tokens = input_ids.flatten()[places]  # (H,)
-        rows = encoded.layout.index.flatten()[places] // self.encoder.stride  # (H,)
+        rows = encoded.layout.index.flatten()[hidden] // self.encoder.stride  # (H,)
         x = self.transform(encoded.rows.index_select(0, rows))  # (H, E)
         answers, pad = self.encoder.embeddings.weight, self.encoder.config.pad_token_id
         if pad is not None:  # never an answer; and as one its vector would not stay zero
             answers = answers.clone()
             answers[pad] = 0
         logits = F.linear(x, answers, self.token_bias).float()  # (H, V)
-        return F.cross_entropy(logits, tokens, reduction="sum") / max(1, len(tokens))
+        return F.cross_entropy(logits, token, reduction="sum") / max(1, len(token))

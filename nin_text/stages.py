@@ -121,7 +121,7 @@ def pretrain(
         f"{len(targets):,}",
     )
     trainer = RunTrainer(
-        model=TwoViewModel(model.nin, targets, options.mlm_probability),
+        model=TwoViewModel(model.nin, targets, hides_tokens=options.mlm_probability > 0),
         args=training_arguments(
             folder,
             epochs=epochs,
@@ -131,8 +131,14 @@ def pretrain(
             **arguments,
         ),
         train_dataset=long_enough,
-        collate=partial(cut_in_two, targets=targets, pad_token_id=model.config.pad_token_id or 0),
+        collate=partial(
+            cut_in_two,
+            targets=targets,
+            pad_token_id=model.config.pad_token_id or 0,
+            mlm_probability=options.mlm_probability,
+        ),
         batch_tokens=options.batch_tokens,
+        compiled=options.compile,
         title=folder.name.replace("-", " "),
         rate_option="--pretrain-learning-rate",
     )

@@ -11,6 +11,7 @@ AutoModelForSequenceClassification. Letters in shapes: see `blocks.py`.
 import copy
 import logging
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -91,6 +92,8 @@ class NiNTextPreTrainedModel(PreTrainedModel):
 class NiNTextModel(NiNTextPreTrainedModel):
     """The encoder: token ids to one vector for each token and one for the text."""
 
+    # While it is trained on a GPU: what stands in for `through_blocks`, see `cuda_graphs.py`.
+    graphs: Callable[[Tensor, Tensor], Tensor] | None = None
     # It is loaded from saved classifiers, whose head it has no use for.
     _keys_to_ignore_on_load_unexpected = [r"^classifier\.", r"^ngrams\.", r"attention\.bias"]
 
@@ -140,11 +143,23 @@ class NiNTextModel(NiNTextPreTrainedModel):
         assert isinstance(value, nn.Embedding)
         self.embeddings = value
 
-    def encode(self, input_ids: Tensor, attention_mask: Tensor | None) -> "EncodedRows":
-        """Run embeddings and blocks on a padded batch, computing only its tokens."""
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        layout = Rows.from_attention_mask(attention_mask, self.gap, self.stride)
+    def layout_of(self, attention_mask: Tensor) -> Rows:
+        """Where the encoder lays the tokens of a batch, from its (B, T) attention mask."""
+        return Rows.from_attention_mask(attention_mask, self.gap, self.stride)
+
+    def encode(
+        self, input_ids: Tensor, attention_mask: Tensor | None, layout: Rows | None = None
+    ) -> "EncodedRows":
+        """Run embeddings and blocks on a padded batch, computing only its tokens.
+
+        Args:
+            input_ids, attention_mask: (B, T), see `forward`.
+            layout: what `layout_of` says of the mask, if it has been asked: on a GPU, the answer
+                has to be waited for.
+        """
+        if layout is None:
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            layout = self.layout_of(mask)
         ids = layout.pack(input_ids, fill=self.config.pad_token_id or 0)  # (N,)
         x = self.run_blocks(ids, layout.mask)  # (N / stride, C)
         mask = layout.mask[:: self.stride]  # (N / stride, 1)
@@ -175,11 +190,9 @@ class NiNTextModel(NiNTextPreTrainedModel):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         x = self.embedding_dropout(x)
-        for block, pool in zip(self.blocks, self.config.pool, strict=True):
-            x = block(x, mask.to(x.dtype))  # (N, C); a mask of x's type saves a conversion
-            if pool:
-                x, mask = max_pool_rows(x, mask)  # (N / 2, C), (N / 2, 1)
-        return self.final_norm(x)
+        if self.graphs is not None and torch.is_grad_enabled():
+            return self.graphs(x, mask)
+        return through_blocks(self.blocks, self.config.pool, self.final_norm, x, mask)
 
     @can_return_tuple
     def forward(
@@ -216,6 +229,21 @@ class EncodedRows:
     layout: Rows
     weights: Tensor
     pooled: Tensor
+
+
+def through_blocks(
+    blocks: Iterable[Callable[[Tensor, Tensor], Tensor]],
+    pools: Iterable[bool],
+    final_norm: nn.Module,
+    x: Tensor,
+    mask: Tensor,
+) -> Tensor:
+    """What the blocks make of embeddings (N, E) with a mask (N, 1): (N / stride, C)."""
+    for block, pool in zip(blocks, pools, strict=True):
+        x = block(x, mask.to(x.dtype))  # (N, C); a mask of x's type saves a conversion
+        if pool:
+            x, mask = max_pool_rows(x, mask)  # (N / 2, C), (N / 2, 1)
+    return final_norm(x)
 
 
 def pool_rows(x: Tensor, layout: Rows, weights: Tensor, stride: int) -> Tensor:
@@ -327,6 +355,7 @@ class NiNTextForSequenceClassification(NiNTextPreTrainedModel):
         labels: Tensor | None = None,
         output_evidence: bool = False,
         num_items_in_batch: Tensor | int | None = None,
+        layout: Rows | None = None,
     ) -> NiNTextClassifierOutput:
         """Classify texts.
 
@@ -338,8 +367,9 @@ class NiNTextForSequenceClassification(NiNTextPreTrainedModel):
             output_evidence: also return what each token adds to each logit.
             num_items_in_batch: what the summed loss is divided by, if not by this batch alone:
                 the size of the whole batch when gradients are accumulated.
+            layout: what `self.nin.layout_of` says of the mask, if it has been asked.
         """
-        encoded = self.nin.encode(input_ids, attention_mask)
+        encoded = self.nin.encode(input_ids, attention_mask, layout)
         with torch.autocast(input_ids.device.type, enabled=False):
             # The bias is spread over the tokens by their weights, which sum to one. A text without
             # tokens has no evidence: its logits are zero and its classes equally likely.

@@ -14,11 +14,13 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
+from accelerate import DistributedType
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import (
@@ -32,6 +34,7 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
+from nin_text.blocks import Rows
 from nin_text.callbacks import (
     COMPLETE_FILE,
     Patience,
@@ -41,6 +44,7 @@ from nin_text.callbacks import (
     last_checkpoint,
     no_number,
 )
+from nin_text.cuda_graphs import block_graphs, encoder_of
 from nin_text.device import use_bf16
 from nin_text.errors import UserError
 from nin_text.evaluation import pad, predict_logits, softmax
@@ -152,6 +156,7 @@ class RunTrainer(Trainer):
         title: of the progress bar.
         rate_option: that sets the learning rate, for advice.
         loaders: processes that make the batches of a GPU ahead of it.
+        compiled: compile the blocks of a NiN text encoder (torch.compile).
     """
 
     train_dataset: Any  # with `lengths`, the tokens of each item
@@ -165,7 +170,8 @@ class RunTrainer(Trainer):
         ema_decay: float = 0.0,
         title: str = "training",
         rate_option: str = "--learning-rate",
-        loaders: int = 2,
+        loaders: int = 4,
+        compiled: bool = False,
         **kwargs: Any,
     ) -> None:
         self.loaders = loaders
@@ -173,6 +179,10 @@ class RunTrainer(Trainer):
         self.similar_lengths = similar_lengths
         self.rate_option = rate_option
         self.seconds = self.seconds_before = 0.0
+        self.compiled = compiled
+        encoder = encoder_of(kwargs["model"])
+        if encoder is not None:
+            collate = partial(_with_layout, collate, encoder.gap, encoder.stride)
         super().__init__(data_collator=collate, **kwargs)
         self.remove_callback(PrinterCallback)
         self.average = (
@@ -212,8 +222,16 @@ class RunTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer.train; `seconds` tells afterwards how long it took."""
         self.clock = time.perf_counter()
+        # Not where other processes, or other batches of a step, add to the gradients.
+        alone = (
+            self.accelerator.distributed_type == DistributedType.NO
+            and self.args.gradient_accumulation_steps == 1
+        )
+        on_gpu = self.args.device.type == "cuda"
+        model = cast(torch.nn.Module, self.model)
         try:
-            return super().train(*args, **kwargs)
+            with block_graphs(model, graphs=on_gpu and alone, compiled=self.compiled):
+                return super().train(*args, **kwargs)
         finally:
             self.seconds = self._elapsed()
 
@@ -305,6 +323,14 @@ class RunTrainer(Trainer):
         return (
             None if best is None else str(Path(cast(str, self.args.output_dir)) / Path(best).name)
         )
+
+
+def _with_layout(
+    collate: Callable[[Any], dict[str, Tensor]], gap: int, stride: int, items: Any
+) -> dict[str, Any]:
+    """A batch, and where its tokens lie in the rows layout: what a GPU would be waited for."""
+    batch = collate(items)
+    return batch | {"layout": Rows.from_attention_mask(batch["attention_mask"], gap, stride)}
 
 
 @contextmanager

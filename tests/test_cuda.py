@@ -31,6 +31,7 @@ from nin_text import (
     NiNTextClassifier,
     NiNTextForSequenceClassification,
     Predictor,
+    cuda_graphs,
     load,
     load_image_dataset,
     load_text_dataset,
@@ -155,6 +156,97 @@ def test_training_in_bfloat16_has_finite_gradients_with_dropout() -> None:
     assert loss.isfinite()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+
+
+# ---- graphs ------------------------------------------------------------------------------------
+
+WITHOUT_DROPOUT = {"hidden_dropout": 0.0, "embedding_dropout": 0.0, "word_dropout": 0.0}
+
+
+def gradients(
+    model: NiNTextForSequenceClassification, batch: dict[str, Any], autocast: torch.dtype | None
+) -> list[torch.Tensor]:
+    """The loss of a batch, and its gradients."""
+    model.zero_grad()
+    with torch.autocast(DEVICE, autocast, enabled=autocast is not None):
+        loss = model(**batch).loss
+    loss.backward()
+    found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    return [loss.detach(), *found]
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+@pytest.mark.parametrize(("most", "compiled"), [(16, False), (1, False), (16, True)])
+@pytest.mark.parametrize("name", ["nin-text-large", "nin-text-paper", "pooled and dilated"])
+@pytest.mark.usefixtures("exact")
+def test_graphs_have_the_values_and_gradients_of_single_kernels(
+    name: str,
+    most: int,
+    compiled: bool,
+    autocast: torch.dtype | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """For batches of several sizes in turn, with a layout made ahead and without."""
+    if compiled and not CAN_COMPILE:
+        pytest.skip("there is no C compiler")
+    monkeypatch.setattr(cuda_graphs, "MOST_GRAPHS", most)
+    model = make_model(name, **WITHOUT_DROPOUT).to(DEVICE).train()
+    batches = []
+    for lengths in ([12, 1, 40], [300, 2, 7], [12, 1, 41]):
+        batch = pad(random_texts(lengths)) | {"labels": torch.tensor([0, 2, 1])}
+        batches += [moved(batch), moved(batch)]
+        layout = model.nin.layout_of(batch["attention_mask"])
+        batches[-1]["layout"] = layout.pin_memory().to(DEVICE, non_blocking=True)  # type: ignore[assignment]
+    expected = [gradients(model, batch, autocast) for batch in batches]
+    with cuda_graphs.block_graphs(model, graphs=True, compiled=compiled):
+        for _ in range(2):
+            for batch, wanted in zip(batches, expected, strict=True):
+                found = gradients(model, batch, autocast)
+                assert len(found) == len(wanted) > 10
+                for mine, other in zip(found, wanted, strict=True):
+                    assert_same(mine, other, 1e-4 if autocast is None else 0.1)
+        assert isinstance(model.nin.graphs, cuda_graphs.BlockGraphs)
+        assert 1 <= len(model.nin.graphs.made) <= most
+        model.eval()
+        with torch.inference_mode():
+            assert model(**batches[0]).logits.isfinite().all()
+    assert model.nin.graphs is None
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_every_launch_of_a_graph_draws_its_own_dropout(compiled: bool) -> None:
+    if compiled and not CAN_COMPILE:
+        pytest.skip("there is no C compiler")
+    model = make_model("nin-text-large", hidden_dropout=0.5).to(DEVICE).train()
+    batch = moved(pad(random_texts([12, 1, 40])) | {"labels": torch.tensor([0, 2, 1])})
+    with cuda_graphs.block_graphs(model, graphs=True, compiled=compiled):
+        losses = {float(gradients(model, batch, torch.bfloat16)[0]) for _ in range(5)}
+    assert len(losses) == 5
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_run_trains_with_graphs_where_it_may(
+    accumulation: int, compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if compiled and not CAN_COMPILE:
+        pytest.skip("there is no C compiler")
+    launched = []
+    replay = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(
+        torch.cuda.CUDAGraph, "replay", lambda graph: (launched.append(1), replay(graph))
+    )
+    options = QUICK | {"model": "nin-text-large", "epochs": 8, "pretrain_epochs": 3}
+    summary = train_text(
+        TrainOptions(
+            output_dir=tmp_path,
+            gradient_accumulation=accumulation,
+            compile=compiled,
+            **options,
+        )
+    )
+    assert summary["test_accuracy"] > 0.7
+    assert bool(launched) == (accumulation == 1)
 
 
 # ---- prediction --------------------------------------------------------------------------------

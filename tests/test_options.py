@@ -87,7 +87,7 @@ def test_only_deep_networks_predict_hidden_tokens() -> None:
     alone = with_recipe(parse("--model", "nin-text-large", "--ngrams", "0"), 9)
     assert (alone.pretrain_epochs, alone.mlm_probability) == (0, 0)
     for arguments in (["--ngrams", "0"], ["--pretrain-epochs", "0"], ["--dataset", "sst2"]):
-        with pytest.raises(UserError, match="--mlm-probability hides tokens in pretraining"):
+        with pytest.raises(UserError, match="--mlm-probability is for pretraining"):
             with_recipe(parse("--mlm-probability", "0.1", *arguments), 100)
 
 

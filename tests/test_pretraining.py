@@ -155,16 +155,14 @@ def test_hidden_tokens_are_predicted_beside_the_targets() -> None:
     targets = choose_targets(fitted_branch(), texts())
     torch.manual_seed(0)
     encoder = NiNTextModel(NiNTextConfig.from_preset("nin-text-large", vocab_size=VOCABULARY))
-    model = TwoViewModel(encoder, targets, mlm_probability=0.5)
+    model = TwoViewModel(encoder, targets, hides_tokens=True).train()
     ids = torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 0, 0]])
     mask = (ids > 0).long()
     part, target = torch.tensor([0, 0, 1]), torch.tensor([0, 1, 2])
-    torch.manual_seed(3)
-    loss = model(ids, mask, part, target)["loss"]
-    torch.manual_seed(3)
-    hidden = (torch.rand(ids.shape) < 0.5) & mask.bool()
-    assert 0 < hidden.sum() < mask.sum()
-    output = encoder(ids.masked_fill(hidden, 0), mask)
+    hidden = torch.tensor([[0, 1, 0, 1, 1], [1, 0, 0, 0, 0]]).bool()
+    seen, places = ids.masked_fill(hidden, 0), hidden.flatten().nonzero()[:, 0]
+    loss = model(seen, mask, part, target, places, ids[hidden])["loss"]
+    output = encoder(seen, mask)
     log_p = model.predict(model.norm(output.pooler_output)).log_softmax(1)
     w = torch.from_numpy(targets.weight)
     first = (log_p[0, 0] * w[0] + log_p[0, 1] * w[1]) / (w[0] + w[1])
@@ -180,17 +178,36 @@ def test_hidden_tokens_take_the_place_of_dropout() -> None:
     targets = choose_targets(fitted_branch(), texts())
     encoder = NiNTextModel(NiNTextConfig.from_preset("nin-text-base", vocab_size=VOCABULARY))
     assert TwoViewModel(encoder, targets).train().encoder.training
-    model = TwoViewModel(encoder, targets, mlm_probability=0.15).train()
+    model = TwoViewModel(encoder, targets, hides_tokens=True).train()
     assert model.training and not any(part.training for part in model.encoder.modules())
 
 
 def test_a_batch_in_which_nothing_is_hidden_has_no_nan() -> None:
     targets = choose_targets(fitted_branch(), texts())
-    model = TwoViewModel(NiNTextModel(NiNTextConfig(vocab_size=VOCABULARY)), targets, 1e-9)
-    ids, none = torch.tensor([[1, 2]]), torch.zeros(0, dtype=torch.int64)
-    loss = model(ids, torch.ones_like(ids), none, none)["loss"]
+    model = TwoViewModel(NiNTextModel(NiNTextConfig(vocab_size=VOCABULARY)), targets, True)
+    batch = cut_in_two([np.array([1, 2])], targets, pad_token_id=0, mlm_probability=1e-9)
+    assert len(batch["hidden"]) == len(batch["token"]) == 0
+    none = torch.zeros(0, dtype=torch.int64)
+    loss = model(**batch | {"part": none, "target": none})["loss"]
     loss.backward()
     assert loss.item() == 0
+
+
+def test_the_share_of_tokens_that_is_asked_for_is_hidden_and_told_apart() -> None:
+    targets = choose_targets(fitted_branch(), texts())
+    rows = [np.random.default_rng(i).integers(1, 12, 50 + i) for i in range(40)]
+    torch.manual_seed(0)
+    plain = cut_in_two(rows, targets, pad_token_id=0)
+    torch.manual_seed(0)
+    batch = cut_in_two(rows, targets, pad_token_id=0, mlm_probability=0.3)
+    ids, hidden = batch["input_ids"].clone(), batch["hidden"]
+    assert batch["attention_mask"].equal(plain["attention_mask"])
+    assert batch["attention_mask"].flatten()[hidden].all()
+    assert not ids.flatten()[hidden].any()
+    assert len(hidden) == pytest.approx(0.3 * plain["attention_mask"].sum().item(), rel=0.15)
+    ids.view(-1)[hidden] = batch["token"]
+    assert ids.equal(plain["input_ids"])  # and what it predicts is of all tokens:
+    assert batch["part"].equal(plain["part"]) and batch["target"].equal(plain["target"])
 
 
 def test_what_neighbours_tell_of_a_token_is_learned() -> None:
@@ -200,14 +217,14 @@ def test_what_neighbours_tell_of_a_token_is_learned() -> None:
     targets = choose_targets(fitted_branch(), texts())
     torch.manual_seed(0)
     config = NiNTextConfig.from_preset("nin-text-small", vocab_size=VOCABULARY)
-    model = TwoViewModel(NiNTextModel(config), targets, mlm_probability=0.15)
+    model = TwoViewModel(NiNTextModel(config), targets, hides_tokens=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for _ in range(60):
-        batch = cut_in_two([rows[i] for i in rng.integers(0, 200, 32)], targets, pad_token_id=0)
-        ids, mask = batch["input_ids"], batch["attention_mask"]
+        some = [rows[i] for i in rng.integers(0, 200, 32)]
+        batch = cut_in_two(some, targets, pad_token_id=0, mlm_probability=0.15)
         none = torch.zeros(0, dtype=torch.int64)
-        loss = model(ids, mask, none, none)["loss"]  # of the hidden tokens alone
+        loss = model(**batch | {"part": none, "target": none})["loss"]  # of the hidden alone
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,7 +35,9 @@ SCRAMBLE = 1_640_531_527  # spreads neighbouring values, whose order is that of 
 SMOOTHING = 0.5  # added to every count of naive Bayes
 INVERSE_REGULARIZATION = 1.0  # C of the logistic regression
 LEAST_TEXTS = 2  # that an n-gram must be in: what a single text has tells little of others
-CHUNK_TOKENS = 2**18  # whose n-grams are sorted at once
+CHUNK_TOKENS = 2**18  # whose n-grams are held at once
+# Of one long text, or of short ones together: NumPy sorts few numbers with vector instructions.
+SORT_TOKENS = 128
 LEAST_SCALE = 0.01
 PULL = 30.0  # of `cautious_scales`
 FOLDS = 5
@@ -106,18 +109,22 @@ def distinct_ngrams(ids: np.ndarray, lengths: np.ndarray, size: int, buckets: in
         place = np.arange(first, end) - np.repeat(starts, here)  # in its text
         text = np.repeat(texts * buckets, here)
         values = part = ids[first:end].astype(np.int64) + 1
-        found = []
+        found = np.empty((end - first, size), dtype=dtype)
         for n in range(size):
             if n:
                 values = np.concatenate([part[:1], values[:-1] * MULTIPLIER + part[1:]]) % PRIME
             keys = values * SCRAMBLE % PRIME
             # A remainder of a power of two is a mask, ten times as fast.
             keys = keys % buckets if buckets & (buckets - 1) else keys & (buckets - 1)
-            whole = place >= n
-            whole[: start - first] = False
-            found.append((keys + text).astype(dtype)[whole])
-        ordered = torch.from_numpy(np.concatenate(found)).sort().values
-        parts.append(ordered.unique_consecutive())
+            keys = keys + text
+            # What begins before its text is none: the single token once more.
+            found[:, n] = np.where(place >= n, keys, found[:, 0]) if n else keys
+        ordered = found[start - first :].reshape(-1)
+        stops = np.clip(ends[texts], start, end) - start  # tokens up to the end of each text
+        stops = stops[np.append(np.diff(stops // SORT_TOKENS), 1) > 0]
+        for a, b in pairwise([0, *(stops * size).tolist()]):
+            ordered[a:b].sort()
+        parts.append(torch.from_numpy(ordered).unique_consecutive())
     if len(parts) == 1:
         return parts[0].long()
     keys = np.concatenate(parts)

@@ -85,9 +85,10 @@ def test_features_do_not_depend_on_where_chunks_end(monkeypatch: pytest.MonkeyPa
     st.lists(st.lists(st.integers(1, 20), max_size=30), max_size=6),
     st.integers(1, 4),
     st.integers(1, 40),
+    st.integers(1, 40),
 )
 def test_the_fast_way_finds_the_same_ngrams_wherever_its_parts_end(
-    texts: list[list[int]], size: int, chunk: int
+    texts: list[list[int]], size: int, chunk: int, together: int
 ) -> None:
     expected = {
         i * BUCKETS + b for i, text in enumerate(texts) for b in distinct_buckets(text, size)
@@ -96,6 +97,7 @@ def test_the_fast_way_finds_the_same_ngrams_wherever_its_parts_end(
     lengths = np.array([len(text) for text in texts], dtype=np.int64)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ngrams, "CHUNK_TOKENS", chunk)
+        patch.setattr(ngrams, "SORT_TOKENS", together)
         found = ngrams.distinct_ngrams(ids, lengths, size, BUCKETS)
     assert found.tolist() == sorted(expected)
 

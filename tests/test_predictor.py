@@ -114,6 +114,16 @@ def test_jobs_are_all_texts_in_order(predictor: Predictor) -> None:
     assert len(jobs) >= 2
 
 
+def test_every_thread_gets_as_many_jobs_of_about_the_same_size(
+    predictor: Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predictor, "threads", 3)
+    for texts, expected in ((4_000, 3), (8_000, 6), (400, 3), (50, 1)):
+        sizes = [len(job) for job in predictor.jobs(["x" * 150] * texts)]
+        assert len(sizes) == expected
+        assert max(sizes) - min(sizes) <= 1
+
+
 # ---- other models and tokenizers -----------------------------------------------------------------
 
 

@@ -22,7 +22,7 @@ Letters in shapes: B texts or images, T tokens, N rows, C channels, K classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import cast
@@ -82,14 +82,8 @@ class Rows:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Rows:
         """The same on another device."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> Rows:
-        """The same in memory that a GPU copies from without being waited for."""
-        return self._each(lambda tensor: tensor.pin_memory())
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Rows:
-        return Rows(**{field.name: change(getattr(self, field.name)) for field in fields(self)})
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Rows(**{n: t.to(device, non_blocking=non_blocking) for n, t in tensors.items()})
 
     def pack(self, padded: Tensor, fill: int = 0) -> Tensor:
         """(B, T) token values to (N,) rows; separators hold `fill`."""

@@ -1,8 +1,10 @@
 """The blocks of an encoder in training on a GPU, as CUDA graphs.
 
 A step of a deep network of small layers is some thousand kernels, and a GPU waits for the program
-that launches them one by one. A graph is recorded once, and then launched as a whole. It is bound
-to the number of rows; batches have few different ones (see `blocks.Rows`), and each gets its own.
+that launches them one by one. A graph is captured once, and replayed by a single launch. It is
+bound to the number of rows; batches have few different ones (see `blocks.Rows`), and each of those
+that come back gets its own.
+The blocks may also be compiled, with graphs or without.
 """
 
 from __future__ import annotations
@@ -17,10 +19,10 @@ from torch import Tensor, nn
 from nin_text.errors import UserError, in_one_line
 from nin_text.text import NiNTextModel, through_blocks
 
-MOST_GRAPHS = 16  # the rarer sizes are launched one by one
-WARM_UPS = 3  # what is chosen or compiled at first sight must not be recorded
-# Data are pinned in another thread meanwhile, which is forbidden in the other modes.
-MODE = "thread_local"
+MOST_GRAPHS = 16  # further sizes are launched kernel by kernel
+WARM_UPS = 3  # what is chosen or compiled at first sight must not be captured
+# Whatever other threads of the program do on the GPU meanwhile, "global" would make an error.
+CAPTURE_ERROR_MODE = "thread_local"
 
 
 @contextmanager
@@ -30,11 +32,11 @@ def block_graphs(model: nn.Module, *, graphs: bool, compiled: bool) -> Iterator[
     Outputs and gradients are overwritten by the next batch of the same size: there must be one
     backward pass between two forward passes, and gradients must not be added up over batches. Nor
     may the loss of another batch still be held: what it knows of the weights, made outside of the
-    graph, cannot be recorded.
+    graph, cannot be captured.
 
     Args:
         model: where it has no `NiNTextModel`, nothing changes.
-        graphs: whether to record graphs; the model is on a GPU then.
+        graphs: whether to capture graphs; the model is on a GPU then.
         compiled: whether to compile the blocks first (torch.compile), which fuses what lies
             between the matrix products.
 
@@ -59,10 +61,10 @@ def _compiling() -> Iterator[None]:
     with torch._dynamo.config.patch(recompile_limit=64):
         try:
             yield
-        except torch._dynamo.exc.BackendCompilerFailed as error:
+        except torch._dynamo.exc.TorchDynamoException as error:
             raise UserError(
-                f"--compile failed ({in_one_line(error)}); it needs a C compiler and the headers "
-                f"of Python: install both, or leave it out"
+                f"--compile failed ({in_one_line(error)}); it needs a C compiler, the headers of "
+                f"Python and, on a GPU, Triton: install what is missing, or leave it out"
             ) from error
 
 
@@ -77,25 +79,24 @@ class BlockGraphs:
     def __init__(self, encoder: NiNTextModel, *, graphs: bool, compiled: bool) -> None:
         self.encoder = encoder
         self.most = MOST_GRAPHS if graphs else 0
-        self.made: dict[tuple[Any, ...], _Graph] = {}
+        self.seen: set[tuple[Any, ...]] = set()
+        self.captured: dict[tuple[Any, ...], _Graph] = {}
         self.pool = torch.cuda.graph_pool_handle() if graphs else None
         blocks = cast(Sequence[Callable[[Tensor, Tensor], Tensor]], encoder.blocks)
         self.blocks = [torch.compile(b, dynamic=True) for b in blocks] if compiled else blocks
 
     def __call__(self, x: Tensor, mask: Tensor) -> Tensor:
         """(N, E) and (N, 1) to (N / stride, C)."""
+        modules = (self.encoder.blocks, self.encoder.final_norm)
         key = (len(x), x.dtype, x.requires_grad, self.encoder.training)
-        if key not in self.made:
-            if len(self.made) >= self.most:
+        if key not in self.captured:
+            parameters = [p for m in modules for p in m.parameters() if p.requires_grad]
+            comes_back = key in self.seen  # a size that comes once is not worth a graph
+            self.seen.add(key)
+            if not comes_back or len(self.captured) >= self.most or not parameters:
                 return self.run(x, mask)
-            parameters = [
-                p
-                for module in (self.encoder.blocks, self.encoder.final_norm)
-                for p in module.parameters()
-                if p.requires_grad
-            ]
-            self.made[key] = _Graph(self.run, x, mask, parameters, self.pool)
-        graph = self.made[key]
+            self.captured[key] = _Graph(self.run, x, mask, parameters, self.pool)
+        graph = self.captured[key]
         return cast(Tensor, _Replay.apply(graph, x, mask, *graph.parameters))
 
     def run(self, x: Tensor, mask: Tensor) -> Tensor:
@@ -107,7 +108,7 @@ class BlockGraphs:
 class _Graph:
     """Forward and backward pass of a function for inputs of one size.
 
-    As torch.cuda.make_graphed_callables, which cannot record in another `MODE`.
+    As torch.cuda.make_graphed_callables, which cannot capture in another `CAPTURE_ERROR_MODE`.
     """
 
     def __init__(
@@ -145,10 +146,10 @@ class _Graph:
             del y
         torch.cuda.current_stream().wait_stream(stream)
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.forward, pool=pool, capture_error_mode=MODE):
+        with torch.cuda.graph(self.forward, pool=pool, capture_error_mode=CAPTURE_ERROR_MODE):
             y = forward()
         self.dy = torch.empty_like(y)
-        with torch.cuda.graph(self.backward, pool=pool, capture_error_mode=MODE):
+        with torch.cuda.graph(self.backward, pool=pool, capture_error_mode=CAPTURE_ERROR_MODE):
             gradients = list(backward(y, self.dy))
         self.y = y.detach()
         self.dx = gradients.pop(0) if x.requires_grad else None

@@ -244,7 +244,7 @@ class TrainOptions(CommonOptions, LearningOptions):
     patience: int = option("stop after this many epochs without a better validation score")
     precision: str = option(PRECISION_HELP, "auto", choices=PRECISIONS)
     compile: bool = option(
-        "compile the blocks for pretraining (torch.compile): half a minute, which pays on a GPU "
+        "compile the blocks for pretraining (torch.compile): half a minute, which pays on one GPU "
         "after some thousand steps",
         False,
     )
@@ -461,7 +461,7 @@ def with_recipe(options: TrainOptions, examples: int) -> TrainOptions:
             if getattr(options, name):
                 raise UserError(
                     f"--{name.replace('_', '-')} is for pretraining, of which this run has none; "
-                    f"give --pretrain-epochs, or leave it out"
+                    f"leave it out, or let the run have --ngrams and --pretrain-epochs"
                 )
         filled.mlm_probability = 0.0
     return filled

@@ -26,7 +26,7 @@ from nin_text.ngrams import distinct_ngrams, sum_of_distinct
 
 NORM_EPSILON = 1e-5  # of nn.LayerNorm
 # Rows of a slice. On a CPU those of a slice stay in the cache; a GPU wants large products.
-SLICE_ROWS = {"cpu": 6144, "cuda": 2**17}
+SLICE_ROWS = {"cpu": 4096, "cuda": 2**17}
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -120,7 +120,7 @@ class FoldedBlock:
 
     stride = 1
     normed = False  # the final norm is left to the classifier
-    centred: bool  # but its first step, to take the mean of the channels away, is in the weights
+    centred: bool  # whether weights are such that the channels of each row have a mean of zero
 
     def __init__(
         self, config: dict[str, Any], weights: dict[str, Tensor], dtype: torch.dtype
@@ -211,10 +211,10 @@ class PackedClassifier:
             self.ngrams = weights["ngrams.weight"], weights["ngrams.bias"]
         # What a token's vector is multiplied by for its attention score, (C,).
         attention = weights.get("nin.attention.weight")
-        self.attention = None
-        if attention is not None:
-            scale = 1.0 if self.norm_weight is None else self.norm_weight
-            self.attention = attention[0] * scale
+        self.attention = None if attention is None else attention[0]
+        if self.attention is not None and self.norm_weight is not None:
+            scaled = self.attention * self.norm_weight
+            self.attention = scaled - scaled.mean()  # blind to the mean of the channels
         self.slice_rows = SLICE_ROWS.get(self.device.type, SLICE_ROWS["cuda"])
 
     @classmethod
@@ -284,10 +284,7 @@ class PackedClassifier:
         if self.norm_weight is not None:
             variance = torch.linalg.vector_norm(x, dim=1).square() / x.shape[1]
             if not self.encoder.centred:
-                mean = x.mean(dim=1)
-                variance -= mean.square()
-                if self.attention is not None and score is not None:
-                    score -= mean * self.attention.sum()
+                variance -= x.mean(dim=1).square()
             inverse = (variance + NORM_EPSILON).rsqrt()  # (n,), 1 / deviation
         if score is not None:
             if inverse is not None:

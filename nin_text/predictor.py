@@ -44,9 +44,9 @@ from nin_text.word_table import WordTable, clean, cut_and_fill
 if TYPE_CHECKING:
     from nin_text.text import NiNTextForSequenceClassification
 
-# Characters of a job, which one thread works on. Every thread gets as many, of about the same size,
-# but not below the least: the threads would wait for each other, as they do at the end of each job.
-LEAST_JOB, MOST_JOB = 2**14, 2**18
+# Characters of a job, which one thread works on. Every thread gets as many jobs of the same size,
+# so that none works on while others have nothing left; of small calls as many as are worth it.
+LEAST_JOB, MOST_JOB = 2**14, 2**17
 GPU_THREADS = 4  # that tokenize for a GPU: two left it waiting, and sixteen were hardly faster
 UNLIMITED = 10**9  # tokens
 MODEL_FILES = (CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE, TOKENIZER_CONFIG_FILE)
@@ -143,10 +143,10 @@ class Predictor:
     def jobs(self, texts: Sequence[str]) -> Iterator[Sequence[str]]:
         """Consecutive texts of about as many characters as one core should work on."""
         lengths = np.array([len(text) for text in texts] or [0])
-        total = lengths.sum()
-        each = math.ceil(total / (self.threads * MOST_JOB))  # jobs of a thread
-        size = max(LEAST_JOB, math.ceil(total / max(1, self.threads * each)))
-        job = (lengths.cumsum() - 1) // size
+        total = int(lengths.sum())
+        count = self.threads * math.ceil(total / (self.threads * MOST_JOB))
+        size = math.ceil(total / max(1, min(count, total // LEAST_JOB)))
+        job = (lengths.cumsum() - 1) // max(1, size)
         bounds = [0, *(np.flatnonzero(job[1:] != job[:-1]) + 1).tolist(), len(texts)]
         return (texts[start:end] for start, end in pairwise(bounds) if start < end)
 

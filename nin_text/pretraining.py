@@ -123,8 +123,9 @@ def cut_in_two(
 
     Returns:
         input_ids and attention_mask, (2B, T); part and target, (M,) int64 each: the part that is
-        to predict, and what; if tokens are hidden, hidden and token, (H,) int64 each: where in the
-        flattened input_ids, and which. Cuts and tokens are drawn from torch's generator.
+        to predict, and what; if tokens are hidden, masked_positions and masked_ids, (H,) int64
+        each: where in the flattened input_ids, and which. Cuts and tokens are drawn from torch's
+        generator.
     """
     lengths = np.array([len(row) for row in rows])  # (B,)
     share = NEAREST_CUT + (1 - 2 * NEAREST_CUT) * torch.rand(len(rows), dtype=torch.float64).numpy()
@@ -152,7 +153,7 @@ def cut_in_two(
         tokens = attention_mask.flatten().nonzero()[:, 0]
         hidden = tokens[torch.rand(len(tokens)) < mlm_probability]
         flat = input_ids.view(-1)
-        batch |= {"hidden": hidden, "token": flat[hidden]}
+        batch |= {"masked_positions": hidden, "masked_ids": flat[hidden]}
         flat[hidden] = pad_token_id
     return batch
 
@@ -163,14 +164,14 @@ class TwoViewModel(nn.Module):
     Args:
         encoder: is trained in place.
         targets: what to predict.
-        hides_tokens: whether tokens are hidden, and predicted. They take the place of all dropout
-            in the encoder.
+        masked_lm: whether tokens are hidden, and predicted. They take the place of all dropout in
+            the encoder.
     """
 
-    def __init__(self, encoder: NiNTextModel, targets: Targets, hides_tokens: bool = False) -> None:
+    def __init__(self, encoder: NiNTextModel, targets: Targets, masked_lm: bool = False) -> None:
         super().__init__()
         self.encoder = encoder
-        self.hides_tokens = hides_tokens
+        self.masked_lm = masked_lm
         size, width = encoder.config.hidden_size, encoder.config.embedding_size
         self.norm = nn.LayerNorm(size)
         self.predict = nn.Linear(size, len(targets))
@@ -179,7 +180,7 @@ class TwoViewModel(nn.Module):
             self.predict.weight.normal_(std=0.02)
             expected = torch.from_numpy(targets.share * targets.weight)
             self.predict.bias.copy_(torch.log(expected / expected.sum()))
-        if hides_tokens:
+        if masked_lm:
             self.transform = nn.Sequential(nn.Linear(size, width), nn.GELU(), nn.LayerNorm(width))
             self.token_bias = nn.Parameter(torch.zeros(encoder.config.vocab_size))
 
@@ -188,7 +189,7 @@ class TwoViewModel(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """As of nn.Module, but without dropout in the encoder if tokens are hidden."""
         super().train(mode)
-        if self.hides_tokens:
+        if self.masked_lm:
             self.encoder.eval()
         return self
 
@@ -198,18 +199,18 @@ class TwoViewModel(nn.Module):
         attention_mask: Tensor,
         part: Tensor,
         target: Tensor,
-        hidden: Tensor | None = None,
-        token: Tensor | None = None,
+        masked_positions: Tensor | None = None,
+        masked_ids: Tensor | None = None,
         layout: Rows | None = None,
     ) -> dict[str, Tensor]:
         """The loss: for each part the weighted mean of -log p(target), then the mean of the parts.
 
-        The mean of -log p(token) of the hidden tokens is added to it.
+        The mean of -log p of the hidden tokens is added to it.
 
         Args:
             input_ids, attention_mask: (P, T).
             part, target: (M,), see `cut_in_two`.
-            hidden, token: (H,), likewise.
+            masked_positions, masked_ids: (H,), likewise.
             layout: see `NiNTextModel.encode`.
         """
         encoded = self.encoder.encode(input_ids, attention_mask, layout)
@@ -219,20 +220,20 @@ class TwoViewModel(nn.Module):
         total = weight.new_zeros(len(input_ids)).index_add(0, part, weight)  # (P,)
         weight = weight / total[part]
         loss = -(log_p[part, target] * weight).sum() / len(input_ids)
-        if hidden is not None and token is not None:
-            loss = loss + self._token_loss(encoded, hidden, token)
+        if masked_positions is not None and masked_ids is not None:
+            loss = loss + self._token_loss(encoded, masked_positions, masked_ids)
         return {"loss": loss}
 
-    def _token_loss(self, encoded: EncodedRows, hidden: Tensor, token: Tensor) -> Tensor:
-        """Mean of -log p(token) of the hidden tokens, (H,) each.
+    def _token_loss(self, encoded: EncodedRows, positions: Tensor, ids: Tensor) -> Tensor:
+        """Mean of -log p of the hidden tokens, of which positions and ids are (H,) each.
 
         The embeddings are those of the answers, too (Press & Wolf 2017, arXiv 1608.05859).
         """
-        rows = encoded.layout.index.flatten()[hidden] // self.encoder.stride  # (H,)
+        rows = encoded.layout.index.flatten()[positions] // self.encoder.stride  # (H,)
         x = self.transform(encoded.rows.index_select(0, rows))  # (H, E)
         answers, pad = self.encoder.embeddings.weight, self.encoder.config.pad_token_id
         if pad is not None:  # never an answer; and as one its vector would not stay zero
             answers = answers.clone()
             answers[pad] = 0
         logits = F.linear(x, answers, self.token_bias).float()  # (H, V)
-        return F.cross_entropy(logits, token, reduction="sum") / max(1, len(token))
+        return F.cross_entropy(logits, ids, reduction="sum") / max(1, len(ids))

@@ -27,7 +27,7 @@ OPTIONS_FILE = "options.json"
 CHECKPOINTS = "checkpoints"  # what a resumed run needs
 ANSWERS_FILE = "answers.safetensors"  # class probabilities (n, K) of "validation" and "test"
 # Options that do not change what is trained: a resumed run may differ in them.
-INCIDENTAL = set("compile data_dir device explain output_dir quiet resume verbose".split())
+INCIDENTAL = {"data_dir", "device", "explain", "output_dir", "quiet", "resume", "verbose"}
 SUMMARY = (
     "dataset model seed parameters validation_accuracy test_accuracy test_macro_f1 train_seconds "
     "peak_memory_mb output_dir"

@@ -121,7 +121,7 @@ def pretrain(
         f"{len(targets):,}",
     )
     trainer = RunTrainer(
-        model=TwoViewModel(model.nin, targets, hides_tokens=options.mlm_probability > 0),
+        model=TwoViewModel(model.nin, targets, masked_lm=options.mlm_probability > 0),
         args=training_arguments(
             folder,
             epochs=epochs,

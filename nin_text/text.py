@@ -92,7 +92,7 @@ class NiNTextPreTrainedModel(PreTrainedModel):
 class NiNTextModel(NiNTextPreTrainedModel):
     """The encoder: token ids to one vector for each token and one for the text."""
 
-    # While it is trained on a GPU: what stands in for `through_blocks`, see `cuda_graphs.py`.
+    # While it is trained: what stands in for `through_blocks`, see `cuda_graphs.py`.
     graphs: Callable[[Tensor, Tensor], Tensor] | None = None
     # It is loaded from saved classifiers, whose head it has no use for.
     _keys_to_ignore_on_load_unexpected = [r"^classifier\.", r"^ngrams\.", r"attention\.bias"]

@@ -148,7 +148,8 @@ class RunTrainer(Trainer):
 
     Args:
         collate: makes a batch of a list of items of `train_dataset`, or of what its `__getitems__`
-            returns for their indices.
+            returns for their indices. If the model has a NiN text encoder, the batch also gets the
+            `layout` of its `attention_mask`, which the model is to take.
         batch_tokens: bound on the sum of the `lengths` of a batch; that on its items is among the
             arguments.
         similar_lengths: see `TokenBatchSampler`.
@@ -170,7 +171,7 @@ class RunTrainer(Trainer):
         ema_decay: float = 0.0,
         title: str = "training",
         rate_option: str = "--learning-rate",
-        loaders: int = 4,
+        loaders: int = 2,
         compiled: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -182,7 +183,7 @@ class RunTrainer(Trainer):
         self.compiled = compiled
         encoder = encoder_of(kwargs["model"])
         if encoder is not None:
-            collate = partial(_with_layout, collate, encoder.gap, encoder.stride)
+            collate = partial(_with_layout, collate, encoder.layout_of)
         super().__init__(data_collator=collate, **kwargs)
         self.remove_callback(PrinterCallback)
         self.average = (
@@ -228,9 +229,12 @@ class RunTrainer(Trainer):
             and self.args.gradient_accumulation_steps == 1
         )
         on_gpu = self.args.device.type == "cuda"
+        if self.compiled and on_gpu and not alone:  # launched one by one they are slower
+            logger.warning("--compile is for one process and --gradient-accumulation 1: left out")
+        compiled = self.compiled and (alone or not on_gpu)
         model = cast(torch.nn.Module, self.model)
         try:
-            with block_graphs(model, graphs=on_gpu and alone, compiled=self.compiled):
+            with block_graphs(model, graphs=on_gpu and alone, compiled=compiled):
                 return super().train(*args, **kwargs)
         finally:
             self.seconds = self._elapsed()
@@ -326,11 +330,13 @@ class RunTrainer(Trainer):
 
 
 def _with_layout(
-    collate: Callable[[Any], dict[str, Tensor]], gap: int, stride: int, items: Any
+    collate: Callable[[Any], dict[str, Tensor]], layout_of: Callable[[Tensor], Rows], items: Any
 ) -> dict[str, Any]:
     """A batch, and where its tokens lie in the rows layout: what a GPU would be waited for."""
     batch = collate(items)
-    return batch | {"layout": Rows.from_attention_mask(batch["attention_mask"], gap, stride)}
+    layout = layout_of(batch["attention_mask"])
+    # The mask as bool is part of the layout: workers send it once, in an eighth of the memory.
+    return batch | {"attention_mask": layout.token_mask, "layout": layout}
 
 
 @contextmanager

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sysconfig
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from test_text import make_model, pad, random_texts
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 
+from nin_text import models
 from nin_text.cuda_graphs import block_graphs
 from nin_text.errors import UserError
-from nin_text.options import TrainOptions
+from nin_text.options import TrainOptions, with_recipe
 from nin_text.runs import train_text
+from nin_text.text import NiNTextModel
+from nin_text.training import EncodedTexts, shared_arguments, text_trainer
 
+CAN_COMPILE = shutil.which("cc") and Path(sysconfig.get_path("include"), "Python.h").is_file()
 needs_compiler = pytest.mark.skipif(
-    not (shutil.which("cc") and Path(sysconfig.get_path("include"), "Python.h").is_file()),
-    reason="there is no C compiler, or no headers of Python",
+    not CAN_COMPILE, reason="there is no C compiler, or no headers of Python"
 )
 
 
@@ -40,7 +46,10 @@ def test_compiled_blocks_have_the_values_and_gradients_of_others() -> None:
             model.zero_grad()
             loss = model(**batch, layout=layout).loss
             loss.backward()
-            found += [loss.detach(), *(p.grad.clone() for p in model.parameters())]  # type: ignore[union-attr]
+            found += [
+                loss.detach(),
+                *(p.grad.clone() for p in model.parameters() if p.grad is not None),
+            ]
         return found
 
     expected = losses_and_gradients()
@@ -53,10 +62,26 @@ def test_compiled_blocks_have_the_values_and_gradients_of_others() -> None:
 
 
 @needs_compiler
-def test_a_run_pretrains_with_compiled_blocks(tmp_path: Path) -> None:
-    options = {"model": "nin-text-small", "limit": 100, "epochs": 1, "pretrain_epochs": 1}
-    summary = train_text(TrainOptions(output_dir=tmp_path, compile=True, quiet=True, **options))
+def test_a_run_pretrains_with_compiled_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And with these alone: all other stages are too short."""
+    compiled, forwards = torch.compile, []
+
+    def compile_and_tell(block: nn.Module, **options: Any) -> Any:
+        run = compiled(block, **options)
+        return lambda x, mask: (forwards.append(len(x)), run(x, mask))[1]
+
+    monkeypatch.setattr(torch, "compile", compile_and_tell)
+    options: dict[str, Any] = {"model": "nin-text-small", "limit": 100, "quiet": True}
+    summary = train_text(
+        TrainOptions(output_dir=tmp_path, compile=True, epochs=1, pretrain_epochs=2, **options)
+    )
     assert summary["test_accuracy"] > 0.4
+    steps = json.loads((tmp_path / "metrics.json").read_text())["options"]
+    assert steps["compile"] is True
+    batches = 2 * -(-100 // steps["batch_size"])
+    assert batches <= len(forwards) <= 2 * batches
 
 
 def test_a_compiler_that_fails_is_one_sentence() -> None:
@@ -75,3 +100,27 @@ def test_nothing_changes_for_other_networks() -> None:
     model = make_model("nin-text-small")
     with block_graphs(model, graphs=False, compiled=False):
         assert model.nin.graphs is None
+
+
+def test_batches_of_a_nin_say_where_their_tokens_lie(tmp_path: Path) -> None:
+    """And of no other network; the model takes its word for it."""
+    rows = [np.array([3, 4, 5]), np.array([6])]
+    for name in ("nin-text-small", "dpcnn"):
+        options = with_recipe(TrainOptions(model=name, vocab_size=500), 100)
+        texts, labels = ["good film", "bad film"] * 50, np.array([0, 1] * 50)
+        model, tokenizer = models.build(options, texts, labels, ["no", "yes"])
+        train = EncodedTexts(rows, [0, 1])
+        arguments = shared_arguments(options, torch.device("cpu"))
+        trainer = text_trainer(
+            model, tokenizer, options, tmp_path / name, train, train, epochs=1, **arguments
+        )
+        (batch,) = trainer.get_train_dataloader()
+        if name == "dpcnn":
+            assert "layout" not in batch
+            continue
+        expected = trainer.model.nin.layout_of(batch["attention_mask"])
+        for field in ("index", "token_mask", "tokens", "mask", "text"):
+            assert getattr(batch["layout"], field).equal(getattr(expected, field))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delattr(NiNTextModel, "layout_of")  # which is not asked again
+            assert trainer.model(**batch).loss.isfinite()

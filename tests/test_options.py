@@ -89,6 +89,8 @@ def test_only_deep_networks_predict_hidden_tokens() -> None:
     for arguments in (["--ngrams", "0"], ["--pretrain-epochs", "0"], ["--dataset", "sst2"]):
         with pytest.raises(UserError, match="--mlm-probability is for pretraining"):
             with_recipe(parse("--mlm-probability", "0.1", *arguments), 100)
+        with pytest.raises(UserError, match="--compile is for pretraining"):
+            with_recipe(parse("--compile", *arguments), 100)
 
 
 def test_a_data_sets_own_batch_size_stays_on_few_examples() -> None:

@@ -28,6 +28,20 @@ FOLDED: dict[str, dict[str, Any]] = {
         "residual": True,
         "hidden_act": "silu",
     },
+    "residual without norm": {
+        "block_channels": [[24, 32, 24]],
+        "kernel_sizes": [[3]],
+        "embedding_size": 24,
+        "residual": True,
+        "norm": False,
+    },
+    "residual": {
+        "block_channels": [[24, 32, 24]],
+        "kernel_sizes": [[3]],
+        "embedding_size": 24,
+        "residual": True,
+        "norm": True,
+    },
 }
 
 

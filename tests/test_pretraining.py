@@ -155,7 +155,7 @@ def test_hidden_tokens_are_predicted_beside_the_targets() -> None:
     targets = choose_targets(fitted_branch(), texts())
     torch.manual_seed(0)
     encoder = NiNTextModel(NiNTextConfig.from_preset("nin-text-large", vocab_size=VOCABULARY))
-    model = TwoViewModel(encoder, targets, hides_tokens=True).train()
+    model = TwoViewModel(encoder, targets, masked_lm=True).train()
     ids = torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 0, 0]])
     mask = (ids > 0).long()
     part, target = torch.tensor([0, 0, 1]), torch.tensor([0, 1, 2])
@@ -178,7 +178,7 @@ def test_hidden_tokens_take_the_place_of_dropout() -> None:
     targets = choose_targets(fitted_branch(), texts())
     encoder = NiNTextModel(NiNTextConfig.from_preset("nin-text-base", vocab_size=VOCABULARY))
     assert TwoViewModel(encoder, targets).train().encoder.training
-    model = TwoViewModel(encoder, targets, hides_tokens=True).train()
+    model = TwoViewModel(encoder, targets, masked_lm=True).train()
     assert model.training and not any(part.training for part in model.encoder.modules())
 
 
@@ -186,7 +186,7 @@ def test_a_batch_in_which_nothing_is_hidden_has_no_nan() -> None:
     targets = choose_targets(fitted_branch(), texts())
     model = TwoViewModel(NiNTextModel(NiNTextConfig(vocab_size=VOCABULARY)), targets, True)
     batch = cut_in_two([np.array([1, 2])], targets, pad_token_id=0, mlm_probability=1e-9)
-    assert len(batch["hidden"]) == len(batch["token"]) == 0
+    assert len(batch["masked_positions"]) == len(batch["masked_ids"]) == 0
     none = torch.zeros(0, dtype=torch.int64)
     loss = model(**batch | {"part": none, "target": none})["loss"]
     loss.backward()
@@ -200,12 +200,12 @@ def test_the_share_of_tokens_that_is_asked_for_is_hidden_and_told_apart() -> Non
     plain = cut_in_two(rows, targets, pad_token_id=0)
     torch.manual_seed(0)
     batch = cut_in_two(rows, targets, pad_token_id=0, mlm_probability=0.3)
-    ids, hidden = batch["input_ids"].clone(), batch["hidden"]
+    ids, hidden = batch["input_ids"].clone(), batch["masked_positions"]
     assert batch["attention_mask"].equal(plain["attention_mask"])
     assert batch["attention_mask"].flatten()[hidden].all()
     assert not ids.flatten()[hidden].any()
     assert len(hidden) == pytest.approx(0.3 * plain["attention_mask"].sum().item(), rel=0.15)
-    ids.view(-1)[hidden] = batch["token"]
+    ids.view(-1)[hidden] = batch["masked_ids"]
     assert ids.equal(plain["input_ids"])  # and what it predicts is of all tokens:
     assert batch["part"].equal(plain["part"]) and batch["target"].equal(plain["target"])
 
@@ -217,7 +217,7 @@ def test_what_neighbours_tell_of_a_token_is_learned() -> None:
     targets = choose_targets(fitted_branch(), texts())
     torch.manual_seed(0)
     config = NiNTextConfig.from_preset("nin-text-small", vocab_size=VOCABULARY)
-    model = TwoViewModel(NiNTextModel(config), targets, hides_tokens=True)
+    model = TwoViewModel(NiNTextModel(config), targets, masked_lm=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for _ in range(60):

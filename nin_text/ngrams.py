@@ -15,7 +15,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -42,6 +42,7 @@ SORT_TOKENS = 128
 LEAST_SCALE = 0.01
 PULL = 30.0  # of `cautious_scales`
 FOLDS = 5
+Keys = TypeVar("Keys", np.ndarray, Tensor)
 FEW = 5_000  # labelled texts, at most, of which every one is worth being learned from and judged by
 
 
@@ -114,10 +115,7 @@ def distinct_ngrams(ids: np.ndarray, lengths: np.ndarray, size: int, buckets: in
         for n in range(size):
             if n:
                 values = np.concatenate([part[:1], values[:-1] * MULTIPLIER + part[1:]]) % PRIME
-            keys = values * SCRAMBLE % PRIME
-            # A remainder of a power of two is a mask, ten times as fast.
-            keys = keys % buckets if buckets & (buckets - 1) else keys & (buckets - 1)
-            keys = keys + text
+            keys = _remainder(values * SCRAMBLE % PRIME, buckets) + text
             # What begins before its text is none: the single token once more.
             found[:, n] = np.where(place >= n, keys, found[:, 0]) if n else keys
         ordered = found[start - first :].reshape(-1)
@@ -138,9 +136,12 @@ def sum_of_distinct(keys: Tensor, texts: int, weight: Tensor) -> Tensor:
     """(texts, K): the sum of the weights (buckets, K) of each text's distinct buckets."""
     buckets = len(weight)
     offsets = torch.searchsorted(keys, torch.arange(texts, device=keys.device) * buckets)
-    # Of a power of two the remainder is a mask, five times as fast.
-    places = keys % buckets if buckets & (buckets - 1) else keys & (buckets - 1)
-    return F.embedding_bag(places, weight, offsets, mode="sum")
+    return F.embedding_bag(_remainder(keys, buckets), weight, offsets, mode="sum")
+
+
+def _remainder(keys: Keys, buckets: int) -> Keys:
+    """`keys % buckets`: of a power of two a mask, which takes a fifth to a tenth of the time."""
+    return keys % buckets if buckets & (buckets - 1) else keys & (buckets - 1)
 
 
 class NGramEvidence(nn.Module):

@@ -140,25 +140,24 @@ class FoldedBlock:
         self.dilation = config["dilations"][0]
         self.gap = self.halo = width // 2 * self.dilation
         self.gap = max(self.gap, 1)
-        self.linears = [
-            (weights[f"blocks.0.pointwise.{i}.weight"].to(dtype),
-             weights[f"blocks.0.pointwise.{i}.bias"].to(dtype))
+        linears = [
+            (weights[f"blocks.0.pointwise.{i}.weight"], weights[f"blocks.0.pointwise.{i}.bias"])
             for i in range(len(config["block_channels"][0]) - 1)
-        ]  # fmt: skip
+        ]
         self.act = config["hidden_act"]
         self.embeddings = None
-        self.centred = config["residual"] and config["norm"] and bool(self.linears)
+        self.centred = config["residual"] and config["norm"] and bool(linears)
         if config["residual"]:
             self.embeddings = F.pad(embeddings, (0, 0, 0, 1))
-            if self.linears:  # whose last bias comes with it
-                last = f"blocks.0.pointwise.{len(self.linears) - 1}"
-                weight, bias = weights[f"{last}.weight"], weights[f"{last}.bias"]
+            if linears:  # whose last bias comes with it
+                weight, bias = linears[-1]
                 self.embeddings += bias
                 if self.centred:
                     self.embeddings -= self.embeddings.mean(dim=1, keepdim=True)
                     weight = weight - weight.mean(dim=0)
-                self.linears[-1] = weight.to(dtype), torch.zeros_like(bias, dtype=dtype)
+                linears[-1] = weight, torch.zeros_like(bias)
             self.embeddings = self.embeddings.to(dtype)
+        self.linears = [(weight.to(dtype), bias.to(dtype)) for weight, bias in linears]
 
     @staticmethod
     def supports(config: dict[str, Any]) -> bool:

@@ -224,17 +224,18 @@ class RunTrainer(Trainer):
         """As Trainer.train; `seconds` tells afterwards how long it took."""
         self.clock = time.perf_counter()
         # Not where other processes, or other batches of a step, add to the gradients.
-        alone = (
-            self.accelerator.distributed_type == DistributedType.NO
+        on_gpu = self.args.device.type == "cuda"
+        graphs = (
+            on_gpu
+            and self.accelerator.distributed_type == DistributedType.NO
             and self.args.gradient_accumulation_steps == 1
         )
-        on_gpu = self.args.device.type == "cuda"
-        if self.compiled and on_gpu and not alone:  # launched one by one they are slower
+        compiled = self.compiled and (graphs or not on_gpu)
+        if self.compiled and not compiled:  # launched one by one they are slower
             logger.warning("--compile is for one process and --gradient-accumulation 1: left out")
-        compiled = self.compiled and (alone or not on_gpu)
         model = cast(torch.nn.Module, self.model)
         try:
-            with block_graphs(model, graphs=on_gpu and alone, compiled=compiled):
+            with block_graphs(model, graphs=graphs, compiled=compiled):
                 return super().train(*args, **kwargs)
         finally:
             self.seconds = self._elapsed()

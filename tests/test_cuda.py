@@ -16,13 +16,13 @@ import torch
 from conftest import Script
 from safetensors.numpy import load_file
 from test_blocks import random_batch
-from test_cuda_graphs import CAN_COMPILE
+from test_cuda_graphs import gradients, needs_compiler
 from test_distributed import torchrun
 from test_export import make_folder
 from test_packed import assert_equal, blocks, expected_of, fold, folded_model, logits_of
 from test_predictor import REVIEWS, defined_logits
 from test_speed import SMALL
-from test_text import make_model, pad, random_texts
+from test_text import STILL, make_model, pad, random_texts
 
 from nin_text import (
     ImageTrainOptions,
@@ -133,8 +133,7 @@ def test_logits_and_evidence_are_those_of_the_cpu(name: str, left: bool) -> None
 @pytest.mark.parametrize("labels", [[0, 2, 1], [[0.2, 0.3, 0.5], [1.0, 0.0, 0.0], [0.1, 0.8, 0.1]]])
 @pytest.mark.parametrize("name", ["nin-text-base", "pooled and dilated"])
 def test_gradients_are_those_of_the_cpu(name: str, labels: Any) -> None:
-    without = {"hidden_dropout": 0.0, "embedding_dropout": 0.0, "word_dropout": 0.0}
-    model = make_model(name, **without, class_weights=[1.0, 2.0, 0.5]).train()
+    model = make_model(name, **STILL, class_weights=[1.0, 2.0, 0.5]).train()
     other = copy.deepcopy(model).to(DEVICE)
     batch = pad(random_texts([12, 1, 40])) | {"labels": torch.tensor(labels)}
     for network, inputs in ((model, batch), (other, moved(batch))):
@@ -157,23 +156,13 @@ def test_training_in_bfloat16_has_finite_gradients_with_dropout() -> None:
 
 # ---- graphs ------------------------------------------------------------------------------------
 
-WITHOUT_DROPOUT = {"hidden_dropout": 0.0, "embedding_dropout": 0.0, "word_dropout": 0.0}
-
-
-def gradients(
-    model: NiNTextForSequenceClassification, batch: dict[str, Any], autocast: torch.dtype | None
-) -> list[torch.Tensor]:
-    """The loss of a batch, and its gradients."""
-    model.zero_grad()
-    with torch.autocast(DEVICE, autocast, enabled=autocast is not None):
-        loss = model(**batch).loss
-    loss.backward()
-    found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-    return [loss.detach(), *found]
+COMPILED = pytest.param(True, marks=needs_compiler)
 
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])
-@pytest.mark.parametrize(("most", "compiled"), [(16, False), (1, False), (16, True)])
+@pytest.mark.parametrize(
+    ("most", "compiled"), [(16, False), (1, False), pytest.param(16, True, marks=needs_compiler)]
+)
 @pytest.mark.parametrize("name", ["nin-text-large", "nin-text-paper", "pooled and dilated"])
 @pytest.mark.usefixtures("exact")
 def test_graphs_have_the_values_and_gradients_of_single_kernels(
@@ -184,10 +173,8 @@ def test_graphs_have_the_values_and_gradients_of_single_kernels(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """For batches of several sizes in turn, with a layout made ahead and without."""
-    if compiled and not CAN_COMPILE:
-        pytest.skip("there is no C compiler")
     monkeypatch.setattr(cuda_graphs, "MOST_GRAPHS", most)
-    model = make_model(name, **WITHOUT_DROPOUT).to(DEVICE).train()
+    model = make_model(name, **STILL).to(DEVICE).train()
     batches = []
     for lengths in ([12, 1, 40], [300, 2, 7], [12, 1, 41]):
         batch = pad(random_texts(lengths)) | {"labels": torch.tensor([0, 2, 1])}
@@ -210,10 +197,8 @@ def test_graphs_have_the_values_and_gradients_of_single_kernels(
     assert model.nin.graphs is None
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, COMPILED])
 def test_every_launch_of_a_graph_draws_its_own_dropout(compiled: bool) -> None:
-    if compiled and not CAN_COMPILE:
-        pytest.skip("there is no C compiler")
     model = make_model("nin-text-large", hidden_dropout=0.5).to(DEVICE).train()
     batch = moved(pad(random_texts([12, 1, 40])) | {"labels": torch.tensor([0, 2, 1])})
     with cuda_graphs.block_graphs(model, graphs=True, compiled=compiled):
@@ -222,12 +207,10 @@ def test_every_launch_of_a_graph_draws_its_own_dropout(compiled: bool) -> None:
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, COMPILED])
 def test_a_run_trains_with_graphs_where_it_may(
     accumulation: int, compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if compiled and not CAN_COMPILE:
-        pytest.skip("there is no C compiler")
     replayed = []
     replay = torch.cuda.CUDAGraph.replay
     monkeypatch.setattr(
@@ -462,7 +445,7 @@ def test_an_image_run_leaves_a_model_that_answers_the_same_on_the_cpu(
     assert (tmp_path / "run" / "class_maps.html").is_file()
 
 
-@pytest.mark.skipif(not CAN_COMPILE, reason="there is no compiler of C, or no header of Python")
+@needs_compiler
 def test_a_compiled_image_network_trains(tmp_path: Path, script: Script) -> None:
     """In a process of its own: what it says of the precision holds for all of a process."""
     options = ("--model", "nin-tutorial", "--limit", 320, "--epochs", 1, "--batch-size", 32)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from huggingface_hub import ModelCard
+from test_text import STILL
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -23,7 +24,6 @@ from transformers import (
 from nin_text import NiNTextConfig, NiNTextForSequenceClassification, NiNTextModel
 
 TEXTS = ["The plot is dull .", "The cast was witty and the plot was not bland .", ""]
-STILL = {"hidden_dropout": 0.0, "embedding_dropout": 0.0, "word_dropout": 0.0}
 
 
 def test_auto_classes_load_a_run(trained: Path) -> None:

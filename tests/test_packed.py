@@ -16,6 +16,13 @@ from nin_text import NiNTextForSequenceClassification, ngrams, packed
 from nin_text.packed import BlocksEncoder, FoldedBlock, PackedClassifier
 
 # One block, in every form that can be folded into tables.
+RESIDUAL: dict[str, Any] = {
+    "block_channels": [[24, 32, 24]],
+    "kernel_sizes": [[3]],
+    "embedding_size": 24,
+    "residual": True,
+    "norm": True,
+}
 FOLDED: dict[str, dict[str, Any]] = {
     "nin-text-small": {},
     "nin-text-base": {},
@@ -28,20 +35,8 @@ FOLDED: dict[str, dict[str, Any]] = {
         "residual": True,
         "hidden_act": "silu",
     },
-    "residual without norm": {
-        "block_channels": [[24, 32, 24]],
-        "kernel_sizes": [[3]],
-        "embedding_size": 24,
-        "residual": True,
-        "norm": False,
-    },
-    "residual": {
-        "block_channels": [[24, 32, 24]],
-        "kernel_sizes": [[3]],
-        "embedding_size": 24,
-        "residual": True,
-        "norm": True,
-    },
+    "residual": RESIDUAL,
+    "residual without norm": RESIDUAL | {"norm": False},
 }
 
 

@@ -52,6 +52,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
 }
 
+STILL = {"hidden_dropout": 0.0, "embedding_dropout": 0.0, "word_dropout": 0.0}
+
 
 def make_config(name: str, **overrides: Any) -> NiNTextConfig:
     options = {"vocab_size": VOCABULARY, "num_labels": 3, **VARIANTS[name], **overrides}
@@ -159,8 +161,7 @@ def test_every_parameter_gets_a_gradient(name: str) -> None:
 def test_every_preset_can_learn_32_random_texts_by_heart(name: str) -> None:
     torch.manual_seed(0)
     # Without dropout: the question is whether the network and its gradients can do it at all.
-    still = {"hidden_dropout": 0.0, "embedding_dropout": 0.0, "word_dropout": 0.0}
-    model = NiNTextForSequenceClassification(make_config(name, **still))
+    model = NiNTextForSequenceClassification(make_config(name, **STILL))
     batch, labels = pad(random_texts([20] * 32, seed=5)), torch.arange(32) % 3
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(150):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_text import STILL
 from transformers import TrainerCallback, TrainingArguments
 
 from nin_text import NiNTextConfig, NiNTextForSequenceClassification
@@ -148,9 +149,8 @@ def test_averaged_weights_survive_saving(tmp_path: Path) -> None:
 
 def small_trainer(folder: Path, rows, labels, **options) -> TextTrainer:
     torch.manual_seed(0)
-    still = {"hidden_dropout": 0.0, "embedding_dropout": 0.0, "word_dropout": 0.0}
     model = NiNTextForSequenceClassification(
-        NiNTextConfig.from_preset("nin-text-small", vocab_size=30, num_labels=2, **still)
+        NiNTextConfig.from_preset("nin-text-small", vocab_size=30, num_labels=2, **STILL)
     )
     arguments = {
         "epochs": 2,

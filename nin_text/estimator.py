@@ -385,7 +385,7 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
                     "train": EncodedTexts([rows[i] for i in rest], labels[rest]),
                     "unsupervised": EncodedTexts(more, np.full(len(more), -1)),
                 }
-                trainer = learn(learner, encoded, {}, None, device)
+                trainer = learn(learner, encoded, {}, [], device)
             else:
                 trainer = self._from_labels(learner, [rows[i] for i in rest], labels, weight, rest)
             # The averaged copy: the Trainer leaves the model itself wrapped for bfloat16.

@@ -32,7 +32,7 @@ def few_labels(options: TrainOptions, labelled: int, unlabelled: int) -> bool:
         labelled, unlabelled: how many texts there are to train on.
     """
     few = ngrams.are_few(labelled) and unlabelled >= TIMES_AS_MANY * labelled
-    wanted = options.unlabelled and options.teacher is None and is_nin(options.model)
+    wanted = options.unlabelled and not options.teacher and is_nin(options.model)
     return few and wanted and 0 not in (options.ngrams, options.self_training_epochs)
 
 
@@ -98,7 +98,7 @@ def learn(
     learner: Learner,
     encoded: dict[str, EncodedTexts],
     texts: Mapping[str, Sequence[str]],
-    teacher: Teacher | None,
+    teachers: Sequence[Teacher],
     device: torch.device,
 ) -> TextTrainer:
     """All stages of training; the trainer of the last one.
@@ -106,16 +106,16 @@ def learn(
     Args:
         learner: its model is trained.
         encoded, texts: of each split but "test", and of "unsupervised" if it is to be learned from.
-        teacher: may be None if its answers have been saved, or if there is none.
+        teachers: may be none if their answers have been saved.
         device: where to compute.
     """
     options = learner.options
     learner.checkpoints.mkdir(parents=True, exist_ok=True)
     labelled, unlabelled = encoded["train"], encoded.get("unsupervised")
     opinions = None
-    if options.teacher is not None:
-        opinions, learner.seconds["teacher"] = stages.ask_teacher(
-            teacher,
+    if options.teacher:
+        opinions, learner.seconds["teacher"] = stages.ask_teachers(
+            teachers,
             options,
             [*texts["train"], *texts.get("unsupervised", [])],
             learner.checkpoints / TEACHER_FILE,

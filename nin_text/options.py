@@ -229,9 +229,12 @@ class TrainOptions(CommonOptions, LearningOptions):
         "word2vec), or from what this transformer makes of each token (default: random)",
         metavar="FILE|MODEL",
     )
-    teacher: str | None = option(
+    teacher: list[str] = option(
         "also learn the probabilities that this classifier of the same classes, a run folder or "
-        "hub id, gives to labelled and unlabelled texts; in place of self-training (default: none)",
+        "hub id, or the mean that several give to labelled and unlabelled texts; in place of "
+        "self-training",
+        (),
+        nargs="+",
         metavar="MODEL",
     )
     learning_rate: float = option("peak learning rate of AdamW")
@@ -416,7 +419,7 @@ def check(options: CommonOptions) -> None:
             flag = "--" + name.replace("_", "-")
             limits = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
             raise UserError(f"{flag} must be {limits}, not {value:g}")
-    if isinstance(options, TrainOptions) and "" in (options.init_embeddings, options.teacher):
+    if isinstance(options, TrainOptions) and "" in (options.init_embeddings, *options.teacher):
         raise UserError("--init-embeddings and --teacher need a name; leave them out for neither")
     if isinstance(options, TrainOptions) and options.ngrams == 0 and options.pretrain_epochs:
         raise UserError("--pretrain-epochs predicts n-grams: it cannot go with --ngrams 0")

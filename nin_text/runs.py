@@ -71,7 +71,7 @@ def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dic
     with processes.main_process_first():  # it trains the tokenizer, the others find it in the cache
         labels = dataset.splits["train"].labels
         model, tokenizer = models.build(options, texts, labels, dataset.label_names)
-        teacher = _take_over(options, folder, model, tokenizer, dataset.label_names, device)
+        teachers = _take_over(options, folder, model, tokenizer, dataset.label_names, device)
     # Not before all that is named in the options has been found: this discards an unfinished run.
     if processes.is_main_process:
         if not options.resume:
@@ -107,7 +107,7 @@ def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dic
     )
     texts_of = {split: dataset.splits[split].texts for split in encoded}
     with run_folder.saying_where(folder):
-        trainer = learn(learner, encoded, texts_of, teacher, device)
+        trainer = learn(learner, encoded, texts_of, teachers, device)
     seconds = learner.seconds
     # Of a resumed run, the seconds before count as well.
     before = max(0.0, sum(seconds.values()) - (time.perf_counter() - clock))
@@ -164,24 +164,25 @@ def _take_over(
     tokenizer: PreTrainedTokenizerBase,
     label_names: Sequence[str],
     device: torch.device,
-) -> Teacher | None:
-    """Start the embeddings from elsewhere, and find the teacher, if that is asked for.
+) -> list[Teacher]:
+    """Start the embeddings from elsewhere, and find the teachers, if that is asked for.
 
     Raises:
         UserError: if either cannot be had. Nothing has been written or discarded then.
     """
     checkpoints = folder / CHECKPOINTS
-    for name in ("init_embeddings", "teacher"):
-        source = getattr(options, name)
-        if source is not None and Path(source).resolve() == folder.resolve():
-            flag = "--" + name.replace("_", "-")
+    sources = [("--teacher", name) for name in options.teacher]
+    if options.init_embeddings is not None:
+        sources.append(("--init-embeddings", options.init_embeddings))
+    for flag, name in sources:
+        if Path(name).resolve() == folder.resolve():
             raise UserError(f"{flag} is the folder that this run writes; give another --output-dir")
     if options.init_embeddings is not None:
         saved = checkpoints / EMBEDDINGS_FILE if options.resume else None
         stages.borrow_embeddings(model, tokenizer, options.init_embeddings, saved, device)
-    if options.teacher is None or (options.resume and (checkpoints / TEACHER_FILE).is_file()):
-        return None
-    return Teacher(options.teacher, label_names)
+    if options.resume and (checkpoints / TEACHER_FILE).is_file():
+        return []
+    return [Teacher(name, label_names) for name in options.teacher]
 
 
 def _mistakes(

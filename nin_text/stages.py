@@ -3,7 +3,7 @@
 `fit_ngrams`, `pretrain`, training on the labels, `fuse`, `label_unlabelled` and training again on
 labelled and unlabelled texts, `fuse`; at the end `refit_ngrams`. If few texts are labelled and
 others are not, `probe` takes the place of training on the labels and what follows from it. If asked
-for, `borrow_embeddings` comes first, and what `ask_teacher` brings is learned in place of
+for, `borrow_embeddings` comes first, and what `ask_teachers` brings is learned in place of
 `label_unlabelled`. The slow ones leave a file, so that a run that was stopped does not repeat them.
 """
 
@@ -40,7 +40,7 @@ from nin_text.training import (
     TextTrainer,
     training_arguments,
 )
-from nin_text.transfer import Teacher, borrowed_embeddings
+from nin_text.transfer import Teacher, borrowed_embeddings, mean_answers
 
 logger = logging.getLogger(__name__)
 
@@ -361,17 +361,17 @@ def save_embeddings(model: PreTrainedModel, path: Path) -> None:
     _save({"embeddings": weight.detach()}, path, 0.0)
 
 
-def ask_teacher(
-    teacher: Teacher | None,
+def ask_teachers(
+    teachers: Sequence[Teacher],
     options: TrainOptions,
     texts: Sequence[str],
     path: Path,
     device: torch.device,
 ) -> tuple[np.ndarray, float]:
-    """What a teacher says of texts, (n, K), and the seconds that it took.
+    """What teachers say of texts in the mean, (n, K), and the seconds that it took.
 
     Args:
-        teacher: may be None if its answers have been saved.
+        teachers: may be none if their answers have been saved.
         options: with the recipe filled in.
         texts: those with labels, and those without.
         path: where the answers are left, or have been.
@@ -381,9 +381,9 @@ def ask_teacher(
         saved = saved_answers(path)
         if saved is not None:
             return saved
-        assert teacher is not None
         clock = time.perf_counter()
-        answers = teacher.answers(
+        answers = mean_answers(
+            teachers,
             texts,
             device=device,
             bf16=use_bf16(options.precision, device),
@@ -397,7 +397,7 @@ def ask_teacher(
 def taught(
     train: EncodedTexts, unlabelled: EncodedTexts | None, answers: np.ndarray
 ) -> EncodedTexts:
-    """Texts with what a teacher says of them, halfway to the label where there is one.
+    """Texts with what teachers say of them, halfway to the label where there is one.
 
     Args:
         train, unlabelled: the texts.

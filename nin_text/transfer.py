@@ -5,8 +5,8 @@ in comparisons, as a model trained on the same data alone does not have it.
 
 - Embeddings (`borrowed_embeddings`): those of a file of word vectors (GloVe, fastText, word2vec as
   text), or what a transformer makes of each token by itself (Tulkens & van Dongen 2024, model2vec).
-- A teacher (`Teacher`): any classifier of the same classes, whose probabilities are learned beside
-  the labels (Hinton et al. 2015, arXiv 1503.02531).
+- Teachers (`Teacher`): classifiers of the same classes, whose probabilities, in the mean, are
+  learned beside the labels (Hinton et al. 2015, arXiv 1503.02531).
 """
 
 from __future__ import annotations
@@ -20,7 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from nin_text import models
 from nin_text.errors import UserError, in_one_line
@@ -41,10 +46,13 @@ NOTE = "taken over: "  # how the note on a run begins
 
 def notes(options: TrainOptions) -> list[str]:
     """What a run takes over, as a note for whoever reads its figures; local folders by name."""
-    sources = {"embeddings of": options.init_embeddings, "answers of": options.teacher}
-    taken = [f"{what} {_name(source)}" for what, source in sources.items() if source is not None]
+    embeddings = [options.init_embeddings] if options.init_embeddings is not None else []
+    sources = {"embeddings of": embeddings, "answers of": options.teacher}
+    taken = [
+        f"{what} {' and '.join(map(_name, names))}" for what, names in sources.items() if names
+    ]
     before = [options.model] if saved_nin(options.model) else []
-    for source in before + ([options.teacher] if options.teacher is not None else []):
+    for source in dict.fromkeys([*before, *options.teacher]):
         inherited = of_run(run_metrics(source))
         taken += [f"{_name(source)} has {note.removeprefix(NOTE)}" for note in inherited]
     return [NOTE + ", ".join(taken)] if taken else []
@@ -229,7 +237,7 @@ def _no_embeddings(source: str, error: Exception) -> str:
     )
 
 
-# ---- a teacher ---------------------------------------------------------------------------------
+# ---- teachers ----------------------------------------------------------------------------------
 
 
 class Teacher:
@@ -259,20 +267,54 @@ class Teacher:
         self.order = [its.index(label) for label in ours]
 
     def answers(
-        self, texts: Sequence[str], *, device: torch.device, bf16: bool, batch_tokens: int
+        self, rows: Sequence[np.ndarray], *, device: torch.device, bf16: bool, batch_tokens: int
     ) -> np.ndarray:
         """Class probabilities (n, K) float32 of texts.
 
         Args:
-            texts: read as long as the teacher's training texts were.
+            rows: what `read` made of each.
             device, bf16, batch_tokens: of the computation.
         """
         logits = predict_logits(
             self.model.to(device),  # type: ignore[arg-type]
-            encode(self.tokenizer, texts, self.max_length, progress="encoding for the teacher"),
+            rows,
             pad_token_id=self.tokenizer.pad_token_id or 0,
             batch_tokens=batch_tokens,
             autocast=torch.bfloat16 if bf16 else None,
             progress="asking the teacher",
         )
+        self.model.to("cpu")  # type: ignore[arg-type]  # there may be more teachers than fit
         return softmax(logits)[:, self.order].astype(np.float32)
+
+    def read(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Token ids of each text, as long as the teacher's training texts were."""
+        return encode(self.tokenizer, texts, self.max_length, progress="encoding for the teacher")
+
+    def reads_as(self, other: Teacher) -> bool:
+        """Whether another teacher reads a text alike, as far as can be told."""
+        mine, its = self.tokenizer, other.tokenizer
+        return (
+            (self.max_length, mine.model_max_length) == (other.max_length, its.model_max_length)
+            and isinstance(mine, PreTrainedTokenizerFast)
+            and isinstance(its, PreTrainedTokenizerFast)
+            and mine.backend_tokenizer.to_str() == its.backend_tokenizer.to_str()
+        )
+
+
+def mean_answers(
+    teachers: Sequence[Teacher], texts: Sequence[str], **computation: Any
+) -> np.ndarray:
+    """Class probabilities (n, K) float32 of texts: the mean of what one teacher and more say.
+
+    Args:
+        teachers: those that read alike are best named one after another: it is read once for them.
+        texts: what they are asked about.
+        computation: as of `Teacher.answers`.
+    """
+    answers = []
+    for number, teacher in enumerate(teachers):
+        logger.info("asking teacher %d of %d", number + 1, len(teachers))
+        if number == 0 or not teacher.reads_as(teachers[number - 1]):
+            rows = teacher.read(texts)
+        answers.append(teacher.answers(rows, **computation))
+    return np.mean(answers, axis=0)

@@ -14,6 +14,7 @@ EXAMPLES = """\
   python scripts/train_text.py --dataset trec --model distilbert-base-uncased
   python scripts/train_text.py --dataset sst2 --init-embeddings glove.6B.300d.txt
   python scripts/train_text.py --dataset sst2 --teacher runs/sst2-distilbert-base-uncased-seed0
+  python scripts/train_text.py --dataset imdb --teacher runs/large-0 runs/large-1 runs/large-2
 """
 
 

@@ -203,8 +203,11 @@ def test_a_transformer_reads_each_token_alone(fresh, bert: Path) -> None:
 
 
 def ask(teacher: Path, texts: list[str], names: list[str]) -> np.ndarray:
-    answers = transfer.Teacher(str(teacher), names).answers
-    return answers(texts, device=CPU, bf16=False, batch_tokens=4096)
+    return ask_all([transfer.Teacher(str(teacher), names)], texts)
+
+
+def ask_all(teachers: list[transfer.Teacher], texts: list[str]) -> np.ndarray:
+    return transfer.mean_answers(teachers, texts, device=CPU, bf16=False, batch_tokens=4096)
 
 
 def test_a_teacher_answers_in_the_order_of_the_classes(trained: Path) -> None:
@@ -236,6 +239,30 @@ def test_a_transformer_reads_no_more_than_it_has_places_for(bert: Path, tmp_path
     np.testing.assert_allclose(answers.sum(axis=1), 1, atol=1e-6)
 
 
+def test_several_teachers_answer_in_the_mean(trained: Path, bert: Path, tmp_path: Path) -> None:
+    """Whether they read alike or not."""
+    names, texts = ["negative", "positive"], ["A dull plot.", "Witty and moving.", "good " * 60]
+    config = BertConfig.from_pretrained(bert, id2label=dict(enumerate(names)))
+    other = BertForSequenceClassification(config)
+    torch.nn.init.normal_(other.classifier.weight)
+    other.save_pretrained(tmp_path / "bert")
+    PreTrainedTokenizerFast.from_pretrained(bert).save_pretrained(tmp_path / "bert")
+    shutil.copytree(trained, tmp_path / "again")
+    model, _ = load(str(trained))
+    assert isinstance(model, NiNTextForSequenceClassification)
+    model.rescale(-1, 2)
+    model.save_pretrained(tmp_path / "again")
+    folders = [trained, tmp_path / "again", tmp_path / "bert"]
+    teachers = [transfer.Teacher(str(folder), names) for folder in folders]
+    assert teachers[0].reads_as(teachers[1]) and not teachers[1].reads_as(teachers[2])
+    alone = np.stack([ask(folder, texts, names) for folder in folders])  # (3, n, K)
+    assert np.abs(np.diff(alone, axis=0)).max(axis=(1, 2)).min() > 1e-3
+    np.testing.assert_allclose(ask_all(teachers, texts), alone.mean(axis=0), atol=1e-6)
+    for order in ([2, 0, 1], [1, 1]):
+        some = ask_all([teachers[i] for i in order], texts)
+        np.testing.assert_allclose(some, alone[order].mean(axis=0), atol=1e-6)
+
+
 def test_what_is_taught_lies_halfway_between_teacher_and_label() -> None:
     rows = [np.array([i], dtype=np.int32) for i in range(3)]
     train, unlabelled = EncodedTexts(rows[:2], [0, 1]), EncodedTexts(rows[2:], [-1])
@@ -253,13 +280,14 @@ def test_a_run_says_what_it_took_over(tmp_path: Path, trained: Path, bert: Path)
     """By the names of folders without their places; so does a run that goes on from it."""
     plain = train_text(TrainOptions(**QUICK, output_dir=tmp_path / "plain"))
     assert transfer.NOTE not in str(plain["notes"])
-    note = "taken over: embeddings of bert, answers of teacher"
+    note = "taken over: embeddings of bert, answers of teacher and other"
     shutil.copytree(trained, tmp_path / "teacher")
+    shutil.copytree(trained, tmp_path / "other")
     options = TrainOptions(
         **QUICK,
         output_dir=tmp_path / "run",
         init_embeddings=str(bert),
-        teacher=str(tmp_path / "teacher"),
+        teacher=[str(tmp_path / "teacher"), str(tmp_path / "other")],
     )
     summary = train_text(options)
     assert summary["notes"] == [*plain["notes"], note]
@@ -273,10 +301,10 @@ def test_a_run_says_what_it_took_over(tmp_path: Path, trained: Path, bert: Path)
         **{**QUICK, "model": str(tmp_path / "run")}, output_dir=tmp_path / "further"
     )
     assert train_text(further)["notes"][-1] == (
-        "taken over: run has embeddings of bert, answers of teacher"
+        "taken over: run has embeddings of bert, answers of teacher and other"
     )
     system = SavedRun(str(tmp_path / "run"), CompareOptions())
-    assert "Taken over: embeddings of bert, answers of teacher." in system.description
+    assert "Taken over: embeddings of bert, answers of teacher and other." in system.description
 
 
 def stop(*_: object, **__: object) -> None:
@@ -294,7 +322,7 @@ def test_a_resumed_run_needs_neither_source_again(
             **QUICK,
             output_dir=tmp_path / name,
             init_embeddings=str(tmp_path / "bert"),
-            teacher=str(tmp_path / "teacher"),
+            teacher=[str(tmp_path / "teacher")],
         )
         if name == "stopped":
             with monkeypatch.context() as patch:
@@ -313,7 +341,7 @@ def test_a_resumed_run_needs_neither_source_again(
 
 
 def test_a_mistake_leaves_an_unfinished_run_as_it_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {**QUICK, "output_dir": tmp_path / "run"}
     with monkeypatch.context() as patch:
@@ -327,8 +355,8 @@ def test_a_mistake_leaves_an_unfinished_run_as_it_is(
     before = files()
     assert any("checkpoints" in path.parts for path in before)
     for option, value in (
-        ("teacher", "nobody/nothing"),
-        ("teacher", ""),
+        ("teacher", [str(trained), "nobody/nothing"]),
+        ("teacher", [""]),
         ("init_embeddings", "none.vec"),
         ("tokenizer", "nobody/nothing"),
     ):
@@ -341,14 +369,16 @@ def test_a_run_does_not_write_over_its_own_teacher(tmp_path: Path, trained: Path
     shutil.copytree(trained, tmp_path / "run")
     with pytest.raises(UserError, match=r"--teacher is the folder that this run writes"):
         train_text(
-            TrainOptions(**QUICK, output_dir=tmp_path / "run", teacher=str(tmp_path / "run" / "."))
+            TrainOptions(
+                **QUICK, output_dir=tmp_path / "run", teacher=[str(tmp_path / "run" / ".")]
+            )
         )
 
 
 def test_damaged_answers_are_a_sentence(
     tmp_path: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = TrainOptions(**QUICK, output_dir=tmp_path / "run", teacher=str(trained))
+    options = TrainOptions(**QUICK, output_dir=tmp_path / "run", teacher=[str(trained)])
     with monkeypatch.context() as patch:
         patch.setattr(stages, "taught", stop)
         with pytest.raises(KeyboardInterrupt):

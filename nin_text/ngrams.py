@@ -98,38 +98,59 @@ def distinct_ngrams(ids: np.ndarray, lengths: np.ndarray, size: int, buckets: in
         (D,) int64 text * buckets + bucket, sorted, each once.
     """
     ends = lengths.cumsum()
+    parts: list[Tensor] = []
+    first = 0
+    while first < len(lengths):
+        begin = int(ends[first] - lengths[first])
+        last = max(first + 1, int(np.searchsorted(ends, begin + CHUNK_TOKENS, "right")))
+        here = ids[begin : ends[last - 1]]
+        if len(here) > CHUNK_TOKENS:
+            found = _distinct_of_one(here, size, buckets)
+        else:
+            found = _distinct_of_some(here, lengths[first:last], size, buckets)
+        parts.append(found + first * buckets)
+        first = last
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
+
+
+def _distinct_of_some(ids: np.ndarray, lengths: np.ndarray, size: int, buckets: int) -> Tensor:
+    """`distinct_ngrams` by sorting."""
+    found = _ngram_keys(ids, lengths, size, buckets).reshape(-1)
+    ends = lengths.cumsum()
+    # Each text by itself, but for those that are sorted together.
+    ends = ends[np.append(np.diff(ends // SORT_TOKENS), 1) > 0]
+    for a, b in pairwise([0, *(ends * size).tolist()]):
+        found[a:b].sort()
+    return torch.from_numpy(found).unique_consecutive().long()
+
+
+def _distinct_of_one(ids: np.ndarray, size: int, buckets: int) -> Tensor:
+    """`distinct_ngrams` of one text, a part at a time: memory does not grow with its length."""
+    holds: np.ndarray = np.zeros(buckets, dtype=bool)
+    for start in range(0, len(ids), CHUNK_TOKENS):
+        first = max(0, start - size + 1)  # n-grams that end in this part may begin before it
+        part = ids[first : start + CHUNK_TOKENS]
+        holds[_ngram_keys(part, np.array([len(part)]), size, buckets)[start - first :]] = True
+    return torch.from_numpy(np.flatnonzero(holds))
+
+
+def _ngram_keys(ids: np.ndarray, lengths: np.ndarray, size: int, buckets: int) -> np.ndarray:
+    """(M, size) text * buckets + bucket of the 1-gram, 2-gram, ... that ends at each token.
+
+    Of an n-gram that would begin before its text, the key is that of the single token once more.
+    """
     # Half as wide where they can be: they are sorted twice as fast.
     dtype = np.int32 if len(lengths) * buckets <= 2**31 else np.int64
-    parts = [torch.zeros(0, dtype=torch.int64)] if len(ids) == 0 else []
-    for start in range(0, len(ids), CHUNK_TOKENS):
-        end = min(start + CHUNK_TOKENS, len(ids))
-        first = max(0, start - size + 1)  # n-grams that end in this part may begin before it
-        low, high = np.searchsorted(ends, (first, end - 1), "right")
-        texts = np.arange(low, high + 1)
-        starts = ends[texts] - lengths[texts]
-        here = np.minimum(ends[texts], end) - np.maximum(starts, first)  # tokens of each
-        place = np.arange(first, end) - np.repeat(starts, here)  # in its text
-        text = np.repeat(texts * buckets, here)
-        values = part = ids[first:end].astype(np.int64) + 1
-        found = np.empty((end - first, size), dtype=dtype)
-        for n in range(size):
-            if n:
-                values = np.concatenate([part[:1], values[:-1] * MULTIPLIER + part[1:]]) % PRIME
-            keys = _remainder(values * SCRAMBLE % PRIME, buckets) + text
-            # What begins before its text is none: the single token once more.
-            found[:, n] = np.where(place >= n, keys, found[:, 0]) if n else keys
-        ordered = found[start - first :].reshape(-1)
-        stops = np.clip(ends[texts], start, end) - start  # tokens up to the end of each text
-        stops = stops[np.append(np.diff(stops // SORT_TOKENS), 1) > 0]
-        for a, b in pairwise([0, *(stops * size).tolist()]):
-            ordered[a:b].sort()
-        parts.append(torch.from_numpy(ordered).unique_consecutive())
-    if len(parts) == 1:
-        return parts[0].long()
-    keys = np.concatenate(parts)
-    parts.clear()
-    keys.sort()  # in place: of a text of megabytes there is more than one would want twice
-    return torch.from_numpy(keys[np.append(True, keys[1:] != keys[:-1])]).long()
+    place = np.arange(len(ids)) - np.repeat(lengths.cumsum() - lengths, lengths)  # in its text
+    text = np.repeat(np.arange(len(lengths)) * buckets, lengths)
+    values = part = ids.astype(np.int64) + 1
+    found = np.empty((len(ids), size), dtype=dtype)
+    for n in range(size):
+        if n:
+            values = np.concatenate([part[:1], values[:-1] * MULTIPLIER + part[1:]]) % PRIME
+        keys = _remainder(values * SCRAMBLE % PRIME, buckets) + text
+        found[:, n] = np.where(place >= n, keys, found[:, 0]) if n else keys
+    return found
 
 
 def sum_of_distinct(keys: Tensor, texts: int, weight: Tensor) -> Tensor:

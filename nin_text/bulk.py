@@ -126,7 +126,8 @@ def _score(options: PredictOptions, files: list[Path], output: Path, scorer: Sco
             parts.rmdir()
         raise
     joined = parts / ".joined"  # on the same disk as the output
-    _join([parts / (name + suffix) for name in sorted(names)], joined)
+    in_order = sorted(names, key=lambda name: [int(number) for number in name.split("-")])
+    _join([parts / (name + suffix) for name in in_order], joined)
     joined.replace(output)
     return rows
 

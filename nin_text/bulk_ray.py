@@ -56,7 +56,6 @@ def score_by_ray(
                 num_cpus=0.9,
             )
         )
-        del scorer
         yield from _from_ray(scored.iter_batches(batch_size=1, batch_format="pyarrow"))
     except ray.exceptions.RayError as error:
         reason = str(error).strip().splitlines()[-1][:200]

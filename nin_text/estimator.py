@@ -45,6 +45,7 @@ from nin_text.estimator_inputs import (
 from nin_text.evaluation import pad, predict_logits, softmax
 from nin_text.learning import Learner, few_labels, learn
 from nin_text.options import (
+    ESTIMATOR_FILE,
     PRECISIONS,
     PRESET_NAMES,
     TrainOptions,
@@ -64,8 +65,6 @@ from nin_text.training import (
     TokenBatchSampler,
     shared_arguments,
 )
-
-ESTIMATOR_FILE = "estimator.json"
 
 
 class NiNTextClassifier(ClassifierMixin, BaseEstimator):
@@ -188,9 +187,9 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
         more = [] if unlabelled is None or not len(unlabelled) else as_texts(unlabelled)
         if more and (weight is not None or labels.ndim == 2):
             raise UserError("unlabelled texts cannot go with weights or with several labels a text")
-        if weight is not None and not weight.all():
-            kept = np.flatnonzero(weight)
-            texts, labels, weight = [texts[i] for i in kept], labels[kept], weight[kept]
+        texts, labels, weight = _with_weight(texts, labels, weight)
+        if weight is not None and len(np.unique(labels)) < 2:
+            raise UserError("only one class has texts whose weight is not zero")
         with self._session() as options:
             again = (
                 self.warm_start
@@ -236,21 +235,35 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
 
         The first call makes the tokenizer from its texts and needs all `classes` that will come.
         N-gram evidence is fitted to all texts at once and therefore left out, unless `fit` came
-        before: then it stays as it is. The learning rate is constant.
+        before: then it stays as it is. The learning rate is constant. Weights count in proportion
+        to each other within a call.
+
+        Args:
+            X, y, sample_weight: as of `fit`.
+            classes: all labels that will come, for the first call.
+
+        Raises:
+            UserError: a ValueError, if texts, labels or parameters cannot be used.
         """
         texts, y = as_texts(X), as_labels(y)
         if not hasattr(self, "model_"):
             if classes is None:
                 raise UserError("the first call of partial_fit needs classes, all that will come")
-            classes = np.sort(np.asarray(classes))
+            classes = np.unique(np.asarray(classes))
         elif classes is not None and set(np.asarray(classes).tolist()) != set(
             self.classes_.tolist()
         ):
             raise UserError("classes are not those of the first call of partial_fit")
         else:
             classes = self.classes_
+        if hasattr(self, "model_") and (y.ndim == 2) != self._is_multi_label():
+            raise UserError("labels must be of one kind in all calls: one a text, or a matrix")
         labels, _ = self._encode_labels(texts, y, classes)
-        weight = self._weights(y, labels, sample_weight)
+        texts, labels, weight = _with_weight(texts, labels, self._weights(y, labels, sample_weight))
+        if not texts and hasattr(self, "model_"):
+            return self
+        if not texts:
+            raise UserError("all texts of the first call of partial_fit have a weight of zero")
         with self._session() as options:
             if not hasattr(self, "model_"):
                 options.ngrams = options.pretrain_epochs = 0
@@ -320,6 +333,10 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
         if y.ndim == 2:
             if not np.isin(y, (0, 1)).all():
                 raise UserError("an indicator matrix of labels must hold zeros and ones alone")
+            if classes is not None and y.shape[1] != len(classes):
+                raise UserError(
+                    f"the matrix of labels has {y.shape[1]} columns for {len(classes)} classes"
+                )
             return y.astype(np.float32), np.arange(y.shape[1]) if classes is None else classes
         found = unique_labels(y) if classes is None else np.sort(classes)
         unknown = set(y.tolist()) - set(found.tolist())
@@ -338,10 +355,7 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
         weight = np.ones(len(y)) if given is None else np.asarray(given, dtype=np.float64)
         if weight.shape != (len(y),) or not np.isfinite(weight).all() or (weight < 0).any():
             raise UserError("sample_weight must hold one number for each text, none below zero")
-        weight = weight * compute_sample_weight(self.class_weight, y)
-        if len(np.unique(labels[weight > 0])) < 2 <= len(np.unique(labels)):
-            raise UserError("only one class has texts whose weight is not zero")
-        return weight
+        return weight * compute_sample_weight(self.class_weight, y)
 
     def _build(
         self,
@@ -510,11 +524,13 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
         aside.mkdir(parents=True)
         models.save(self.model_, aside)
         self.tokenizer_.save_pretrained(aside)
-        parameters = self.get_params()
+        parameters = {name: plain(value) for name, value in self.get_params().items()}
         state = parameters.pop("random_state")
         parameters["random_state"] = int(state) if isinstance(state, (int, np.integer)) else None
         if isinstance(self.class_weight, dict):
-            parameters["class_weight"] = [[plain(k), v] for k, v in self.class_weight.items()]
+            parameters["class_weight"] = [
+                [plain(k), plain(v)] for k, v in self.class_weight.items()
+            ]
         write_json(
             aside / ESTIMATOR_FILE,
             {
@@ -582,6 +598,16 @@ def _reorder_classes(model: NiNTextForSequenceClassification, order: list[int]) 
     names = models.label_names(model)
     config.id2label = {i: names[old] for i, old in enumerate(order)}
     config.label2id = {names[old]: i for i, old in enumerate(order)}
+
+
+def _with_weight(
+    texts: list[str], labels: np.ndarray, weight: np.ndarray | None
+) -> tuple[list[str], np.ndarray, np.ndarray | None]:
+    """Those texts whose weight is not zero."""
+    if weight is None or weight.all():
+        return texts, labels, weight
+    kept = np.flatnonzero(weight)
+    return [texts[i] for i in kept], labels[kept], weight[kept]
 
 
 def _targets(labels: np.ndarray, weight: np.ndarray | None, classes: int) -> np.ndarray:

@@ -409,7 +409,9 @@ def _validation_sample(
         return None
     else:
         try:
-            metrics = json.loads((Path(options.model) / report.METRICS_FILE).read_text("utf-8"))
+            metrics = json.loads(
+                (Path(model_folder(options.model)) / report.METRICS_FILE).read_text("utf-8")
+            )
             data = load_text_dataset(metrics["dataset"], **_recorded(metrics["options"], options))
         except (UserError, OSError, ValueError, KeyError, TypeError) as error:
             logger.warning("note: the validation texts of the run are not to be had (%s)", error)

@@ -123,7 +123,8 @@ def learn(
         )
     if options.ngrams:
         held_out = stages.fit_ngrams(learner.nin, labelled, learner.validation)
-        outside = (options.teacher, options.init_embeddings, saved_nin(options.model), unlabelled)
+        more = unlabelled and (options.pretrain_epochs or options.self_training_epochs)
+        outside = (options.teacher, options.init_embeddings, saved_nin(options.model), more)
         learner.expected = stages.expected_scales(
             held_out, labelled.labels, labels_alone=not any(outside)
         )

@@ -51,7 +51,16 @@ def classification_loss(
         labels: (B,) integers; (B, K) probabilities; or (B, K) zeros and ones if multi-label.
         config: gives `problem_type`, `class_weights` and `label_smoothing`.
         num_items_in_batch: number of label values to divide by; this batch's if None.
+
+    Raises:
+        ValueError: for a single label without `problem_type`, which transformers takes for a number
+            to be predicted.
     """
+    if logits.shape[1] == 1 and config.problem_type != MULTI_LABEL:
+        raise ValueError(
+            "num_labels=1 is regression, which NiN does not do; give two labels, or "
+            'problem_type="multi_label_classification"'
+        )
     items: Tensor | float = labels.numel() if num_items_in_batch is None else num_items_in_batch
     weight = None if config.class_weights is None else logits.new_tensor(config.class_weights)
     if config.problem_type == MULTI_LABEL:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel,
@@ -302,6 +303,28 @@ def cannot_load(name: str, error: Exception) -> str:
         f"no model could be loaded from {name!r} ({reason}); give one of {ours}, "
         f"a model folder, or the id of a model on the Hugging Face hub"
     )
+
+
+def load_encoder(
+    name: str, complaint: Callable[[str, Exception], str] = cannot_load
+) -> tuple[PreTrainedModel, str]:
+    """An encoder from outside, and the folder it lies in.
+
+    Args:
+        name: of a package, a folder or on the hub.
+        complaint: the sentence if it cannot be loaded.
+
+    Raises:
+        UserError: if it cannot be loaded, or its weights are no numbers.
+    """
+    try:
+        folder = local(packaged(name))
+        check_folder(Path(folder))
+        encoder = AutoModel.from_pretrained(folder, use_safetensors=True, trust_remote_code=False)
+    except Exception as error:
+        raise UserError(complaint(name, error)) from error
+    check_weights(encoder, name)
+    return encoder, folder
 
 
 def label_names(model: PreTrainedModel) -> list[str]:

@@ -104,57 +104,67 @@ def distinct_ngrams(ids: np.ndarray, lengths: np.ndarray, size: int, buckets: in
         begin = int(ends[first] - lengths[first])
         last = max(first + 1, int(np.searchsorted(ends, begin + CHUNK_TOKENS, "right")))
         here = ids[begin : ends[last - 1]]
-        if len(here) > CHUNK_TOKENS:
+        if last == first + 1:
             found = _distinct_of_one(here, size, buckets)
         else:
             found = _distinct_of_some(here, lengths[first:last], size, buckets)
-        parts.append(found + first * buckets)
+        parts.append(found + first * buckets if first else found)
         first = last
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
 
 
-def _distinct_of_some(ids: np.ndarray, lengths: np.ndarray, size: int, buckets: int) -> Tensor:
-    """`distinct_ngrams` by sorting."""
-    found = _ngram_keys(ids, lengths, size, buckets).reshape(-1)
-    ends = lengths.cumsum()
-    # Each text by itself, but for those that are sorted together.
-    ends = ends[np.append(np.diff(ends // SORT_TOKENS), 1) > 0]
-    for a, b in pairwise([0, *(ends * size).tolist()]):
-        found[a:b].sort()
-    return torch.from_numpy(found).unique_consecutive().long()
-
-
 def _distinct_of_one(ids: np.ndarray, size: int, buckets: int) -> Tensor:
-    """`distinct_ngrams` of one text, a part at a time: memory does not grow with its length."""
+    """`distinct_ngrams` of one text; memory does not grow with its length."""
+    if len(ids) <= CHUNK_TOKENS:
+        return _sorted_and_distinct(np.concatenate(_hashes(ids, size, buckets)), [])
     holds: np.ndarray = np.zeros(buckets, dtype=bool)
     for start in range(0, len(ids), CHUNK_TOKENS):
         first = max(0, start - size + 1)  # n-grams that end in this part may begin before it
-        part = ids[first : start + CHUNK_TOKENS]
-        holds[_ngram_keys(part, np.array([len(part)]), size, buckets)[start - first :]] = True
+        for hashes in _hashes(ids[first : start + CHUNK_TOKENS], size, buckets):
+            holds[hashes] = True
     return torch.from_numpy(np.flatnonzero(holds))
 
 
-def _ngram_keys(ids: np.ndarray, lengths: np.ndarray, size: int, buckets: int) -> np.ndarray:
-    """(M, size) text * buckets + bucket of the 1-gram, 2-gram, ... that ends at each token.
-
-    Of an n-gram that would begin before its text, the key is that of the single token once more.
-    """
+def _distinct_of_some(ids: np.ndarray, lengths: np.ndarray, size: int, buckets: int) -> Tensor:
+    """`distinct_ngrams` of texts that are sorted together, but for the long ones."""
     # Half as wide where they can be: they are sorted twice as fast.
     dtype = np.int32 if len(lengths) * buckets <= 2**31 else np.int64
-    place = np.arange(len(ids)) - np.repeat(lengths.cumsum() - lengths, lengths)  # in its text
+    ends = lengths.cumsum()
+    place = np.arange(len(ids)) - np.repeat(ends - lengths, lengths)  # of each token in its text
     text = np.repeat(np.arange(len(lengths)) * buckets, lengths)
-    values = part = ids.astype(np.int64) + 1
-    found = np.empty((len(ids), size), dtype=dtype)
+    keys = np.empty((len(ids), size), dtype=dtype)
+    for n, hashes in enumerate(_hashes(ids, size, buckets)):
+        hashes += text[n:]
+        if n:  # what would begin before its text is none: the single token once more
+            keys[:n, n] = keys[:n, 0]
+            hashes = np.where(place[n:] >= n, hashes, keys[n:, 0])
+        keys[n:, n] = hashes
+    stops = ends[:-1][np.diff(ends // SORT_TOKENS) > 0]
+    return _sorted_and_distinct(keys.reshape(-1), (stops * size).tolist())
+
+
+def _sorted_and_distinct(keys: np.ndarray, stops: Sequence[int]) -> Tensor:
+    """Sorted keys, each once, int64; those before each stop are below all those after it."""
+    for a, b in pairwise([0, *stops, len(keys)]):
+        keys[a:b].sort()
+    return torch.from_numpy(keys).unique_consecutive().long()
+
+
+def _hashes(ids: np.ndarray, size: int, buckets: int) -> list[np.ndarray]:
+    """The bucket of every n-gram of a row of M ids: (M,) of one token, (M - 1,) of two, ..."""
+    tokens = ids.astype(np.int64) + 1
+    values, found = tokens, []
     for n in range(size):
         if n:
-            values = np.concatenate([part[:1], values[:-1] * MULTIPLIER + part[1:]]) % PRIME
-        keys = _remainder(values * SCRAMBLE % PRIME, buckets) + text
-        found[:, n] = np.where(place >= n, keys, found[:, 0]) if n else keys
+            values = (values[:-1] * MULTIPLIER + tokens[n:]) % PRIME
+        found.append(_remainder(values * SCRAMBLE % PRIME, buckets))
     return found
 
 
 def sum_of_distinct(keys: Tensor, texts: int, weight: Tensor) -> Tensor:
     """(texts, K): the sum of the weights (buckets, K) of each text's distinct buckets."""
+    if texts == 1:
+        return weight.index_select(0, keys).sum(dim=0, keepdim=True)
     buckets = len(weight)
     offsets = torch.searchsorted(keys, torch.arange(texts, device=keys.device) * buckets)
     return F.embedding_bag(_remainder(keys, buckets), weight, offsets, mode="sum")
@@ -251,7 +261,7 @@ def features(rows: Sequence[np.ndarray], size: int, buckets: int) -> sparse.csr_
 
 
 def _chunks(rows: Sequence[np.ndarray]) -> Iterator[Sequence[np.ndarray]]:
-    """Consecutive texts of up to `CHUNK_TOKENS` tokens: those of more would be sorted twice."""
+    """Consecutive texts of up to `CHUNK_TOKENS` tokens, or a longer one, put end to end at once."""
     start = tokens = 0
     for i, row in enumerate(rows):
         if start < i and tokens + len(row) > CHUNK_TOKENS:

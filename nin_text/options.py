@@ -16,6 +16,7 @@ from nin_text.errors import UserError
 from nin_text.recipes import RECIPES
 
 METRICS_FILE = "metrics.json"  # of a run folder
+ESTIMATOR_FILE = "estimator.json"  # of the folder of a saved NiNTextClassifier
 # Of a model folder.
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 TOKENIZER_FILE, TOKENIZER_CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
@@ -423,6 +424,8 @@ def check(options: CommonOptions) -> None:
         raise UserError("--init-embeddings and --teacher need a name; leave them out for neither")
     if isinstance(options, TrainOptions) and options.ngrams == 0 and options.pretrain_epochs:
         raise UserError("--pretrain-epochs predicts n-grams: it cannot go with --ngrams 0")
+    if isinstance(options, TrainOptions) and isinstance(options.teacher, str):
+        raise UserError(f"teacher must be a list of names; put {options.teacher!r} into one")
     if isinstance(options, LearningOptions) and options.unlabelled_file and not options.unlabelled:
         raise UserError("--unlabelled-file cannot go with --no-unlabelled")
     if isinstance(options, PredictOptions) and options.output is None:
@@ -485,19 +488,23 @@ def model_folder(name: str) -> str:
 
 def run_metrics(folder: str) -> dict[str, Any]:
     """What the metrics.json of a finished run says; nothing if the folder is none."""
+    return _facts(folder, METRICS_FILE)
+
+
+def _facts(folder: str, file: str) -> dict[str, Any]:
     try:
-        path = Path(model_folder(folder)) / METRICS_FILE
-        metrics = json.loads(path.read_text(encoding="utf-8"))
+        facts = json.loads((Path(model_folder(folder)) / file).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    return metrics if isinstance(metrics, dict) else {}
+    return facts if isinstance(facts, dict) else {}
 
 
 def trained_max_length(folder: str) -> int | None:
     """The length to which a run cut its training texts; None if it did not, or is no run."""
     try:
         # Not options.json: that may already belong to a next run, which has yet to finish.
-        length = int(run_metrics(folder)["options"]["max_length"])
+        facts = run_metrics(folder).get("options") or _facts(folder, ESTIMATOR_FILE)
+        length = int(facts["max_length"])
     except (ValueError, KeyError, TypeError, OverflowError):
         return None
     low, high = RANGES["max_length"]
@@ -528,7 +535,8 @@ def _check_honoured(options: TrainOptions) -> None:
         trained = ", ".join(PRESET_NAMES + NETWORK_NAMES)
         refused |= dict.fromkeys(TOKENIZER_OPTIONS, f"NiN presets and networks ({trained})")
     for spec in dataclasses.fields(TrainOptions):
-        if spec.name in refused and getattr(options, spec.name) != spec.default:
+        value = getattr(options, spec.name)
+        if spec.name in refused and value != spec.default and value != []:
             flag = "--" + spec.name.replace("_", "-")
             raise UserError(
                 f"{flag} is for {refused[spec.name]}; leave it out with --model {options.model}"

@@ -27,6 +27,7 @@ from nin_text.ngrams import distinct_ngrams, sum_of_distinct
 NORM_EPSILON = 1e-5  # of nn.LayerNorm
 # Rows of a slice. On a CPU those of a slice stay in the cache; a GPU wants large products.
 SLICE_ROWS = {"cpu": 4096, "cuda": 2**17}
+SHORT_ROWS = 512  # of a text whose sums may be rounded in another order than those of long ones
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -246,22 +247,26 @@ class PackedClassifier:
     def _pool(self, rows: Tensor, packed: Packed) -> Tensor:
         """(N + 2 * halo,) rows to (B, C): the weighted mean of the token vectors of each text."""
         step = self.slice_rows // self.encoder.stride * self.encoder.stride
-        parts = []
+        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        texts: list[int] = []
         for start in range(0, packed.total, step):
             end = min(start + step, packed.total)
             first = int(np.searchsorted(packed.starts, start, "right")) - 1
             last = int(np.searchsorted(packed.starts, end))
             offsets = np.append(np.maximum(packed.starts[first:last] - start, 0), end - start)
             window = rows[start : end + 2 * self.encoder.halo]
-            texts = torch.arange(first, last, device=self.device)
-            parts.append((texts, *self._slice(window, torch.from_numpy(offsets).to(self.device))))
-        texts, tops, totals, sums = (torch.cat(part) for part in zip(*parts, strict=True))
+            parts.append(self._slice(window, torch.from_numpy(offsets).to(self.device)))
+            texts += range(first, last)
+        tops, totals, sums = (
+            parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
+        )
         count = len(packed.starts)
         if len(texts) > count:  # some text lies in several slices
-            top = tops.new_full((count,), -torch.inf).scatter_reduce(0, texts, tops, "amax")
-            scale = (tops - top[texts]).exp()
-            totals = totals.new_zeros(count).index_add(0, texts, totals * scale)
-            sums = sums.new_zeros(count, sums.shape[1]).index_add(0, texts, sums * scale[:, None])
+            text = torch.tensor(texts, device=self.device)
+            top = tops.new_full((count,), -torch.inf).scatter_reduce(0, text, tops, "amax")
+            scale = (tops - top[text]).exp()
+            totals = totals.new_zeros(count).index_add(0, text, totals * scale)
+            sums = sums.new_zeros(count, sums.shape[1]).index_add(0, text, sums * scale[:, None])
         return self._normed(sums / totals[:, None])
 
     def _slice(self, window: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -289,17 +294,21 @@ class PackedClassifier:
             if inverse is not None:
                 score = score * inverse
             score = score.masked_fill(~tokens, torch.finfo(score.dtype).min)
+        else:
+            score = torch.zeros_like(x[:, 0])
+        alone = len(offsets) == 2 and len(x) <= SHORT_ROWS  # in fewer operations, then
+        if alone:
+            top = spread = score.amax(dim=0, keepdim=True)  # (1,)
+        else:
             top = torch.segment_reduce(score, "max", offsets=offsets)  # (b,)
             spread = torch.repeat_interleave(top, offsets.diff(), output_size=len(score))
-            weights = (score - spread).exp() * tokens
-        else:
-            top = x.new_zeros(len(offsets) - 1)
-            weights = tokens.float()
+        weights = (score - spread).exp() * tokens
+        scaled = weights if inverse is None else weights * inverse
+        if alone:
+            return top, weights.sum(dim=0, keepdim=True), scaled[None] @ x
         total = torch.segment_reduce(weights, "sum", offsets=offsets)  # (b,)
-        if inverse is not None:
-            weights = weights * inverse
         each = torch.arange(len(x), device=x.device)
-        sums = F.embedding_bag(each, x, offsets[:-1], mode="sum", per_sample_weights=weights)
+        sums = F.embedding_bag(each, x, offsets[:-1], mode="sum", per_sample_weights=scaled)
         return top, total, sums
 
     def _normed(self, pooled: Tensor) -> Tensor:

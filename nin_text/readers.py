@@ -193,9 +193,9 @@ def _stream(
     with open_text(path) as (lines, share):
         if suffix == ".txt":
             pick(["text"])
-            # str.splitlines knows more line ends than files do.
-            for text in (text for line in lines for text in line.splitlines() if text.strip()):
-                yield share(), [text]
+            for line in lines:
+                if line.strip():
+                    yield share(), [line.rstrip("\r\n")]
         elif suffix in JSON_SUFFIXES:
             objects = _json_objects(lines, path)
             first = list(itertools.islice(objects, SAMPLE))
@@ -333,7 +333,7 @@ def _delimited(lines: Iterable[str], path: Path) -> tuple[list[str], Iterator[li
     csv.field_size_limit(MAX_CHARACTERS)
     delimiter = "\t" if suffix_of(path) == ".tsv" else ","
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    header = next(reader, None)
+    header = next(filter(None, reader), None)  # of a blank line there is nothing
     if header is None:
         raise UserError(f"{path} holds no rows")
     repeated = [name for name, count in Counter(header).items() if count > 1]

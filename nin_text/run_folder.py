@@ -75,7 +75,12 @@ def _begun(checkpoints: Path) -> bool:
 
 def _is_same(before: dict[str, Any], name: str, value: Any) -> bool:
     """Whether an option was the same before; one that came later was off."""
-    return bool(before[name] == value) if name in before else not value
+    if name not in before:
+        return not value
+    old = before[name]
+    if isinstance(value, list) and not isinstance(old, list):  # when it took but one value
+        old = [] if old is None else [old]
+    return bool(old == value)
 
 
 def _check_same(record: dict[str, Any], path: Path, folder: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import time
 from collections.abc import Sequence
@@ -32,7 +34,7 @@ from nin_text.transfer import Teacher
 
 logger = logging.getLogger(__name__)
 
-EMBEDDINGS_FILE = "embeddings.safetensors"  # in the folder of checkpoints
+EMBEDDINGS_FILE, NOTES_FILE = "embeddings.safetensors", "notes.json"  # among the checkpoints
 
 
 def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dict[str, Any]:
@@ -71,13 +73,18 @@ def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dic
     with processes.main_process_first():  # it trains the tokenizer, the others find it in the cache
         labels = dataset.splits["train"].labels
         model, tokenizer = models.build(options, texts, labels, dataset.label_names)
-        teachers = _take_over(options, folder, model, tokenizer, dataset.label_names, device)
+        with torch.random.fork_rng(devices=[]):  # what a source lacks is drawn when it is loaded
+            teachers = _take_over(options, folder, model, tokenizer, dataset.label_names, device)
+    taken_over = _notes(options, folder)
     # Not before all that is named in the options has been found: this discards an unfinished run.
     if processes.is_main_process:
         if not options.resume:
             run_folder.open_run_folder(folder, record, resume=False)
         if options.init_embeddings is not None:
             stages.save_embeddings(model, folder / CHECKPOINTS / EMBEDDINGS_FILE)
+        if taken_over:
+            (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+            report.write_json(folder / CHECKPOINTS / NOTES_FILE, taken_over)
     processes.wait_for_everyone()
 
     def encode_split(split: str) -> EncodedTexts:
@@ -117,7 +124,7 @@ def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dic
         "labelled_fingerprint": dataset.labelled().fingerprint(),
         "ngram_table_entries": 0 if table is None else table.weight.numel(),
         "stage_seconds": {stage: round(value, 2) for stage, value in seconds.items()},
-        "notes": dataset.notes + transfer.notes(options),
+        "notes": dataset.notes + taken_over,
     }
     answers = {}
 
@@ -183,6 +190,15 @@ def _take_over(
     if options.resume and (checkpoints / TEACHER_FILE).is_file():
         return []
     return [Teacher(name, label_names) for name in options.teacher]
+
+
+def _notes(options: TrainOptions, folder: Path) -> list[str]:
+    """What the run takes over; of a resumed one as it was, since the sources may have gone."""
+    saved = folder / CHECKPOINTS / NOTES_FILE
+    if options.resume and saved.is_file():
+        with contextlib.suppress(ValueError):
+            return list(map(str, json.loads(saved.read_text(encoding="utf-8"))))
+    return transfer.notes(options)
 
 
 def _mistakes(

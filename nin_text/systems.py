@@ -21,7 +21,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from nin_text import models, transfer
 from nin_text.baselines import FastText, Fit, LinearNGrams, choose, joined, weights_of
@@ -29,7 +29,6 @@ from nin_text.data import TextDataset
 from nin_text.device import keep_freed_memory, pick_device, use_bf16
 from nin_text.errors import UserError
 from nin_text.evaluation import pad, predict_logits, softmax
-from nin_text.model_files import check_folder, local_folder
 from nin_text.options import (
     ARCHITECTURES,
     FASTTEXT,
@@ -360,14 +359,7 @@ class FrozenEncoder(_Network):
         return Fit({"C": c, "validation_accuracy_by_C": scores}, softmax(logits))
 
     def _load_encoder(self) -> None:
-        try:
-            self.folder = local_folder(models.packaged(self.name))
-            check_folder(Path(self.folder))
-            model = AutoModel.from_pretrained(
-                self.folder, use_safetensors=True, trust_remote_code=False
-            )
-        except Exception as error:
-            raise UserError(models.cannot_load(self.name, error)) from error
+        model, self.folder = models.load_encoder(self.name)
         self.max_length = min(512, getattr(model.config, "max_position_embeddings", 512))
         self._use(model, load_tokenizer(self.folder))
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
@@ -168,7 +169,8 @@ class NiNTextModel(NiNTextPreTrainedModel):
         with torch.autocast(x.device.type, enabled=False):
             x = x.float() * mask
             if self.attention is not None:
-                scores = layout.unpack(self.attention(x), self.stride)[..., 0]  # (B, T)
+                scores = F.linear(x, self.attention.weight.float())  # (N / stride, 1)
+                scores = layout.unpack(scores, self.stride)[..., 0]  # (B, T)
             weights = pooling_weights(layout.token_mask, scores)  # (B, T)
             pooled = pool_rows(x, layout, weights, self.stride)  # (B, C)
         return EncodedRows(ids, x, layout, weights, pooled)
@@ -374,7 +376,9 @@ class NiNTextForSequenceClassification(NiNTextPreTrainedModel):
             # The bias is spread over the tokens by their weights, which sum to one. A text without
             # tokens has no evidence: its logits are zero and its classes equally likely.
             total = encoded.weights.sum(dim=1, keepdim=True)  # (B, 1)
-            logits = encoded.pooled @ self.classifier.weight.t() + total * self.classifier.bias
+            # The weights may be loaded in half precision.
+            weight, bias = self.classifier.weight.float(), self.classifier.bias.float()  # (K, C)
+            logits = encoded.pooled @ weight.t() + total * bias  # (B, K)
             evidence = None
             ngrams = None if self.training else self.ngrams
             ngram_maps = None
@@ -382,7 +386,7 @@ class NiNTextForSequenceClassification(NiNTextPreTrainedModel):
                 added, ngram_maps = ngrams(encoded.ids, encoded.layout, output_evidence)
                 logits = logits + added + total * ngrams.bias
             if output_evidence:
-                maps = self.classifier(encoded.rows)  # (N, K): one map for each class
+                maps = F.linear(encoded.rows, weight, bias)  # (N, K): one map for each class
                 maps = encoded.layout.unpack(maps, self.nin.stride)  # (B, T, K)
                 if ngrams is not None:
                     maps = maps + ngrams.bias

@@ -11,6 +11,7 @@ in comparisons, as a model trained on the same data alone does not have it.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import defaultdict
 from collections.abc import Sequence
@@ -21,7 +22,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import (
-    AutoModel,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -30,7 +30,6 @@ from transformers import (
 from nin_text import models
 from nin_text.errors import UserError, in_one_line
 from nin_text.evaluation import predict_logits, softmax
-from nin_text.model_files import check_folder, check_weights
 from nin_text.options import TrainOptions, run_metrics, saved_nin, trained_max_length
 from nin_text.readers import open_text, reading, suffix_of
 from nin_text.tokenization import CONTINUATION, encode, load_tokenizer
@@ -215,13 +214,7 @@ def _hidden_states(
 
 
 def _load_encoder(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    try:
-        folder = models.local(models.packaged(source))
-        check_folder(Path(folder))
-        encoder = AutoModel.from_pretrained(folder, use_safetensors=True, trust_remote_code=False)
-    except Exception as error:
-        raise UserError(_no_embeddings(source, error)) from error
-    check_weights(encoder, source)
+    encoder, folder = models.load_encoder(source, _no_embeddings)
     tokenizer = load_tokenizer(folder)
     models.limit_length(tokenizer, encoder.config)
     if encoder.config.is_encoder_decoder:
@@ -297,8 +290,14 @@ class Teacher:
             (self.max_length, mine.model_max_length) == (other.max_length, its.model_max_length)
             and isinstance(mine, PreTrainedTokenizerFast)
             and isinstance(its, PreTrainedTokenizerFast)
-            and mine.backend_tokenizer.to_str() == its.backend_tokenizer.to_str()
+            and _rules(mine) == _rules(its)
         )
+
+
+def _rules(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """What a tokenizer does to a text, without what the last call has left in it."""
+    rules: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    return rules | {"truncation": None, "padding": None}
 
 
 def mean_answers(

@@ -21,7 +21,7 @@ from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from nin_text import NiNTextClassifier, NiNTextVectorizer, load_text_dataset
+from nin_text import NiNTextClassifier, NiNTextVectorizer, Predictor, load_text_dataset
 from nin_text.errors import UserError
 
 QUICK = {"model": "nin-text-small", "epochs": 6, "random_state": 0, "n_jobs": 1}
@@ -153,6 +153,32 @@ def test_partial_fit_learns_from_one_portion_after_the_other(data) -> None:
     assert classifier.score(test, truth) > 0.7
     with pytest.raises(UserError, match="not among the classes"):
         classifier.partial_fit(["a text"], ["another label"])
+
+
+def test_a_portion_without_weight_changes_nothing() -> None:
+    classifier = NiNTextClassifier(**QUICK)
+    with pytest.raises(UserError, match="weight of zero"):
+        classifier.partial_fit(["good"], ["b"], classes=["a", "b"], sample_weight=[0])
+    classifier.partial_fit(["good film", "bad film"], ["b", "a"], classes=["b", "a", "b"])
+    before = classifier.predict_proba(["good film"])
+    assert before.shape == (1, 2) and np.isfinite(before).all()
+    classifier.partial_fit(["good film"], ["a"], sample_weight=[0])
+    np.testing.assert_array_equal(classifier.predict_proba(["good film"]), before)
+    classifier.class_weight = {"a": 0.0, "b": 1.0}  # one class is enough for a portion
+    classifier.partial_fit(["good film", "bad film"], ["b", "a"])
+    assert (classifier.predict_proba(["good film"]) != before).all()
+
+
+def test_labels_of_another_kind_are_refused_later() -> None:
+    one, several = NiNTextClassifier(**QUICK), NiNTextClassifier(**QUICK)
+    texts, matrix = ["good film", "bad film"], np.array([[0, 1], [1, 0]])
+    one.partial_fit(texts, [0, 1], classes=[0, 1])
+    several.partial_fit(texts, matrix, classes=[0, 1])
+    for classifier, y in ((one, matrix), (several, [0, 1])):
+        with pytest.raises(UserError, match="of one kind in all calls"):
+            classifier.partial_fit(texts, y)
+    with pytest.raises(UserError, match="has 3 columns for 2 classes"):
+        several.partial_fit(texts, np.eye(3, dtype=int)[:2])
 
 
 def test_partial_fit_needs_all_classes_first() -> None:
@@ -326,11 +352,22 @@ def test_it_can_be_pickled_and_saved(data, fitted, tmp_path: Path, script: Scrip
 
 
 def test_integer_labels_and_class_weights_survive_a_file(tmp_path: Path) -> None:
-    classifier = NiNTextClassifier(**QUICK | {"epochs": 1}, class_weight={3: 2.0, 5: 1.0})
+    # A search over NumPy's ranges sets its numbers.
+    numpy_numbers = {"epochs": np.int64(1), "class_weight": {3: np.float32(2), 5: 1.0}}
+    classifier = NiNTextClassifier(**QUICK | numpy_numbers)
     classifier.fit(["good", "bad"] * 20, [3, 5] * 20).save(tmp_path / "saved")
     loaded = NiNTextClassifier.load(tmp_path / "saved")
     assert loaded.classes_.tolist() == [3, 5]
     assert loaded.class_weight == {3: 2.0, 5: 1.0}
+
+
+def test_a_saved_classifier_is_read_as_long_everywhere(tmp_path: Path) -> None:
+    texts = ["good bad bad bad", "bad good good good"] * 20
+    classifier = NiNTextClassifier(**QUICK | {"epochs": 1}, max_length=1)
+    classifier.fit(texts, [1, 0] * 20).save(tmp_path)
+    expected = classifier.predict_proba(texts[:2])
+    answers = Predictor(tmp_path, precision="fp32").predict_proba(texts[:2])
+    np.testing.assert_allclose(answers, expected, atol=1e-5)
 
 
 def test_a_damaged_file_is_refused(fitted, tmp_path: Path) -> None:

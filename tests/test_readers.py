@@ -209,6 +209,8 @@ def test_lines_of_a_text_file(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("one\n\ntwo\r\n  \nthree")
     assert [text for text, _ in streamed(path)] == ["one", "two", "three"]
+    path.write_text("a\x85b\u2028c\x0cd\ne\n", encoding="utf-8")  # two lines
+    assert [text for text, _ in streamed(path)] == ["a\x85b\u2028c\x0cd", "e"]
     assert streamed(path, text_column="body") == streamed(path)
     path.write_text(" \n")
     with pytest.raises(UserError, match="is empty"):

@@ -381,3 +381,24 @@ def test_a_configuration_survives_saving(tmp_path: Path) -> None:
         **config.to_dict(),
         "transformers_version": NiNTextConfig.from_pretrained(tmp_path).transformers_version,
     }
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("name", ["nin-text-base", "pooled and dilated"])
+def test_weights_of_other_types_answer_nearly_alike(name: str, dtype: torch.dtype) -> None:
+    model = make_model(name, **STILL, ngram_size=2, ngram_buckets=64)
+    model.ngrams.weight.normal_(std=0.1)
+    batch = pad(random_texts([5, 1, 30]))
+    with torch.no_grad():
+        expected = model(**batch, output_evidence=True)
+        output = model.to(dtype)(**batch, output_evidence=True)
+    logits = output.logits.float()
+    torch.testing.assert_close(logits, expected.logits, atol=0.05, rtol=0.05)
+    # The sum of the n-grams is rounded to the type of their weights.
+    torch.testing.assert_close(output.evidence.sum(dim=1).float(), logits, atol=0.01, rtol=0.01)
+
+
+def test_a_single_label_is_refused_in_training() -> None:
+    model = make_model("nin-text-small", num_labels=1)
+    with pytest.raises(ValueError, match="num_labels=1 is regression"):
+        model(**pad(random_texts([3])), labels=torch.tensor([0.5]))

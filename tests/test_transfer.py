@@ -5,7 +5,9 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ import torch
 from conftest import tiny_bert
 from transformers import (
     BertConfig,
+    BertForMaskedLM,
     BertForSequenceClassification,
     BertModel,
     PreTrainedTokenizerFast,
@@ -239,7 +242,19 @@ def test_a_transformer_reads_no_more_than_it_has_places_for(bert: Path, tmp_path
     np.testing.assert_allclose(answers.sum(axis=1), 1, atol=1e-6)
 
 
-def test_several_teachers_answer_in_the_mean(trained: Path, bert: Path, tmp_path: Path) -> None:
+def count(function: Callable[..., Any], calls: list[Any]) -> Callable[..., Any]:
+    """The same function; its arguments are left in a list."""
+
+    def counting(*args: Any) -> Any:
+        calls.append(args)
+        return function(*args)
+
+    return counting
+
+
+def test_several_teachers_answer_in_the_mean(
+    trained: Path, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whether they read alike or not."""
     names, texts = ["negative", "positive"], ["A dull plot.", "Witty and moving.", "good " * 60]
     config = BertConfig.from_pretrained(bert, id2label=dict(enumerate(names)))
@@ -258,6 +273,14 @@ def test_several_teachers_answer_in_the_mean(trained: Path, bert: Path, tmp_path
     alone = np.stack([ask(folder, texts, names) for folder in folders])  # (3, n, K)
     assert np.abs(np.diff(alone, axis=0)).max(axis=(1, 2)).min() > 1e-3
     np.testing.assert_allclose(ask_all(teachers, texts), alone.mean(axis=0), atol=1e-6)
+    for teacher in teachers:
+        teacher.max_length = 5  # which leaves its mark in a tokenizer
+    read = []
+    monkeypatch.setattr(transfer.Teacher, "read", count(transfer.Teacher.read, read))
+    ask_all(teachers, texts)
+    assert len(read) == 2  # once for the first two
+    for teacher in teachers:
+        teacher.max_length = None
     for order in ([2, 0, 1], [1, 1]):
         some = ask_all([teachers[i] for i in order], texts)
         np.testing.assert_allclose(some, alone[order].mean(axis=0), atol=1e-6)
@@ -314,30 +337,38 @@ def stop(*_: object, **__: object) -> None:
 def test_a_resumed_run_needs_neither_source_again(
     tmp_path: Path, trained: Path, bert: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weights = []
-    for name in ("whole", "stopped"):
-        shutil.copytree(trained, tmp_path / "teacher")
-        shutil.copytree(bert, tmp_path / "bert")
+    """And ends with the same weights, though what a source lacks is drawn when it is loaded."""
+    masked_lm = BertForMaskedLM(tiny_bert(100))  # it has no pooler
+    weights, notes = [], []
+    for name, stage in (("whole", None), ("early", "fit_ngrams"), ("late", "taught")):
+        teacher, embeddings = tmp_path / "teacher", tmp_path / "bert"
+        shutil.copytree(trained, teacher)
+        metrics = json.loads((teacher / "metrics.json").read_text())
+        metrics["notes"] = [transfer.NOTE + "embeddings of something"]
+        (teacher / "metrics.json").write_text(json.dumps(metrics))
+        shutil.copytree(bert, embeddings)
+        masked_lm.save_pretrained(embeddings)
         options = TrainOptions(
             **QUICK,
             output_dir=tmp_path / name,
-            init_embeddings=str(tmp_path / "bert"),
-            teacher=[str(tmp_path / "teacher")],
+            init_embeddings=str(embeddings),
+            teacher=[str(teacher)],
         )
-        if name == "stopped":
+        if stage is not None:
             with monkeypatch.context() as patch:
-                patch.setattr(stages, "taught", stop)
+                patch.setattr(stages, stage, stop)
                 with pytest.raises(KeyboardInterrupt):
                     train_text(options)
-        else:
-            train_text(options)
-        shutil.rmtree(tmp_path / "teacher")
-        shutil.rmtree(tmp_path / "bert")
-        if name == "stopped":
+            shutil.rmtree(teacher)
+            shutil.rmtree(embeddings)
             options.resume = True
-            train_text(options)
+        notes.append(train_text(options)["notes"])
+        shutil.rmtree(teacher, ignore_errors=True)
+        shutil.rmtree(embeddings, ignore_errors=True)
         weights.append((tmp_path / name / "model.safetensors").read_bytes())
-    assert weights[0] == weights[1]
+    assert weights[0] == weights[1] == weights[2]
+    assert notes[0] == notes[1] == notes[2]
+    assert "teacher has embeddings of something" in str(notes)
 
 
 def test_a_mistake_leaves_an_unfinished_run_as_it_is(

@@ -38,6 +38,7 @@ from nin_text.errors import UserError
 from nin_text.estimator_inputs import (
     as_labels,
     as_texts,
+    in_parameters,
     own_random_numbers,
     plain,
     threads,
@@ -303,7 +304,10 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
             patience=self.n_iter_no_change,
             precision=self.precision,
         )
-        check(options)
+        try:
+            check(options)
+        except UserError as error:
+            raise UserError(in_parameters(str(error))) from error
         return options
 
     @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -60,6 +61,16 @@ def as_labels(y: Any) -> np.ndarray:
     if kind not in ("binary", "multiclass", "multilabel-indicator"):
         raise UserError(f"labels of this kind cannot be learned: {kind}")
     return labels
+
+
+def in_parameters(message: str) -> str:
+    """A sentence on options of the scripts as one on the parameters that are given instead."""
+    names = {"patience": "n_iter_no_change"}
+    return re.sub(
+        r"--([a-z][a-z-]*)",
+        lambda flag: names.get(flag[1], flag[1].replace("-", "_")),
+        message,
+    )
 
 
 def plain(label: Any) -> Any:

@@ -7,6 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from nin_text.transfer import Teacher
 
 logger = logging.getLogger(__name__)
 
+LONGEST_WAIT = timedelta(days=1)  # of processes, while one asks a teacher or labels texts
 EMBEDDINGS_FILE, NOTES_FILE = "embeddings.safetensors", "notes.json"  # among the checkpoints
 
 
@@ -62,7 +64,7 @@ def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dic
     if options.resume and (finished := run_folder.finished_run(folder, record)) is not None:
         return finished
     # Of several processes (torchrun), one prepares what all use, while the others wait.
-    processes = PartialState(cpu=device.type == "cpu")
+    processes = PartialState(cpu=device.type == "cpu", timeout=LONGEST_WAIT)
     if processes.is_main_process and options.resume:
         run_folder.open_run_folder(folder, record, resume=True)
     if is_nin(options.model):

@@ -49,6 +49,8 @@ class NiNTextCategorizer(Pipe):
         max_length: int | None = None,
         scorer: Callable[..., dict[str, Any]] | None = textcat_score,
     ) -> None:
+        if max_length is not None and max_length < 0:
+            raise UserError(f"max_length of component {name} must not be {max_length}, below zero")
         self.name = name
         self.folder = model
         self.max_length = max_length

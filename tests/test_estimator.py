@@ -310,7 +310,9 @@ def test_labels_that_cannot_be_learned_are_refused(y, message: str) -> None:
     ("parameters", "message"),
     [
         ({"model": "bert-base-uncased"}, "model must be one of"),
-        ({"epochs": 0}, "epochs must be at least 1"),
+        ({"epochs": 0}, "^epochs must be at least 1"),
+        ({"n_iter_no_change": 0}, "^n_iter_no_change must be at least 1"),
+        ({"weight_decay": -1}, "^weight_decay must be between"),
         ({"validation_fraction": 1.5}, "validation_fraction"),
         ({"dropout": -1}, "dropout"),
         ({"n_jobs": 0}, "n_jobs"),

@@ -85,6 +85,11 @@ def test_a_missing_model_is_one_sentence(model: str, message: str) -> None:
         nlp("a text")
 
 
+def test_a_length_below_zero_is_refused(trained: Path) -> None:
+    with pytest.raises(UserError, match="must not be -3"):
+        spacy.blank("en").add_pipe("nin_textcat", config={"model": str(trained), "max_length": -3})
+
+
 def test_what_fails_goes_to_the_error_handler(nlp, monkeypatch: pytest.MonkeyPatch) -> None:
     component, seen = nlp.get_pipe("nin_textcat"), []
 

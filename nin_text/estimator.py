@@ -22,7 +22,6 @@ import torch
 from scipy.special import expit
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils import check_random_state, compute_sample_weight
-from sklearn.utils.multiclass import unique_labels
 from sklearn.utils.validation import check_is_fitted
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import (
@@ -38,10 +37,13 @@ from nin_text.errors import UserError
 from nin_text.estimator_inputs import (
     as_labels,
     as_texts,
+    encode_labels,
     in_parameters,
     own_random_numbers,
     plain,
+    targets_of,
     threads,
+    with_weight,
 )
 from nin_text.evaluation import pad, predict_logits, softmax
 from nin_text.learning import Learner, few_labels, learn
@@ -181,14 +183,14 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
             UserError: a ValueError, if texts, labels or parameters cannot be used.
         """
         texts, y = as_texts(X), as_labels(y)
-        labels, classes = self._encode_labels(texts, y, None)
+        labels, classes = encode_labels(texts, y, None)
         if len(classes) < 2:
             raise UserError(f"all labels are {classes[0]!r}; a classifier needs two classes")
         weight = self._weights(y, labels, sample_weight)
         more = [] if unlabelled is None or not len(unlabelled) else as_texts(unlabelled)
         if more and (weight is not None or labels.ndim == 2):
             raise UserError("unlabelled texts cannot go with weights or with several labels a text")
-        texts, labels, weight = _with_weight(texts, labels, weight)
+        texts, labels, weight = with_weight(texts, labels, weight)
         if weight is not None and len(np.unique(labels)) < 2:
             raise UserError("only one class has texts whose weight is not zero")
         with self._session() as options:
@@ -246,8 +248,8 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
         Raises:
             UserError: a ValueError, if texts, labels or parameters cannot be used.
         """
-        texts, y = as_texts(X), as_labels(y)
-        if not hasattr(self, "model_"):
+        texts, y, begun = as_texts(X), as_labels(y), hasattr(self, "model_")
+        if not begun:
             if classes is None:
                 raise UserError("the first call of partial_fit needs classes, all that will come")
             classes = np.unique(np.asarray(classes))
@@ -257,16 +259,16 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
             raise UserError("classes are not those of the first call of partial_fit")
         else:
             classes = self.classes_
-        if hasattr(self, "model_") and (y.ndim == 2) != self._is_multi_label():
+        if begun and (y.ndim == 2) != self._is_multi_label():
             raise UserError("labels must be of one kind in all calls: one a text, or a matrix")
-        labels, _ = self._encode_labels(texts, y, classes)
-        texts, labels, weight = _with_weight(texts, labels, self._weights(y, labels, sample_weight))
-        if not texts and hasattr(self, "model_"):
-            return self
+        labels, _ = encode_labels(texts, y, classes)
+        texts, labels, weight = with_weight(texts, labels, self._weights(y, labels, sample_weight))
         if not texts:
+            if begun:
+                return self
             raise UserError("all texts of the first call of partial_fit have a weight of zero")
         with self._session() as options:
-            if not hasattr(self, "model_"):
+            if not begun:
                 options.ngrams = options.pretrain_epochs = 0
                 # The first texts are not all that it will learn from.
                 options.vocab_size = options.vocab_size or RECIPES["default"]["vocab_size"]
@@ -327,26 +329,6 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
             logger.setLevel(level)
             if bars:
                 enable_progress_bar()
-
-    def _encode_labels(
-        self, texts: Sequence[str], y: np.ndarray, classes: np.ndarray | None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Class indices (n,), or (n, K) zeros and ones, and the sorted labels (K,)."""
-        if len(y) != len(texts):
-            raise UserError(f"there are {len(texts)} texts and {len(y)} labels")
-        if y.ndim == 2:
-            if not np.isin(y, (0, 1)).all():
-                raise UserError("an indicator matrix of labels must hold zeros and ones alone")
-            if classes is not None and y.shape[1] != len(classes):
-                raise UserError(
-                    f"the matrix of labels has {y.shape[1]} columns for {len(classes)} classes"
-                )
-            return y.astype(np.float32), np.arange(y.shape[1]) if classes is None else classes
-        found = unique_labels(y) if classes is None else np.sort(classes)
-        unknown = set(y.tolist()) - set(found.tolist())
-        if unknown:
-            raise UserError(f"label {unknown.pop()!r} is not among the classes")
-        return np.searchsorted(found, y), found
 
     def _weights(self, y: np.ndarray, labels: np.ndarray, given: Any) -> np.ndarray | None:
         """(n,) weight of each text, class weights included; None if all are alike."""
@@ -431,7 +413,7 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
             learner.expected = stages.expected_scales(held_out, labels[rest], labels_alone=True)
             if passes:
                 learner.pretrain("pretraining", passes, rows, choose_targets(branch, rows))
-        targets = _targets(labels, weight, learner.nin.classifier.out_features)[rest]
+        targets = targets_of(labels, weight, learner.nin.classifier.out_features)[rest]
         train = EncodedTexts(rows, targets)
         return learner.train("training", learner.options.epochs, train)
 
@@ -456,7 +438,7 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
     ) -> None:
         model = self._on_device()
         rows = encode(self.tokenizer_, texts, self.max_length)
-        targets = torch.from_numpy(_targets(labels, weight, len(self.classes_)))
+        targets = torch.from_numpy(targets_of(labels, weight, len(self.classes_)))
         if self._optimizer is None:
             self._optimizer = torch.optim.AdamW(
                 model.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay
@@ -602,25 +584,3 @@ def _reorder_classes(model: NiNTextForSequenceClassification, order: list[int]) 
     names = models.label_names(model)
     config.id2label = {i: names[old] for i, old in enumerate(order)}
     config.label2id = {names[old]: i for i, old in enumerate(order)}
-
-
-def _with_weight(
-    texts: list[str], labels: np.ndarray, weight: np.ndarray | None
-) -> tuple[list[str], np.ndarray, np.ndarray | None]:
-    """Those texts whose weight is not zero."""
-    if weight is None or weight.all():
-        return texts, labels, weight
-    kept = np.flatnonzero(weight)
-    return [texts[i] for i in kept], labels[kept], weight[kept]
-
-
-def _targets(labels: np.ndarray, weight: np.ndarray | None, classes: int) -> np.ndarray:
-    """What the loss is computed from: labels, or one-hot rows times the weights.
-
-    The cross-entropy is linear in the target, so that a weight of 2 does what the same text
-    twice does. Only the proportions of the weights matter.
-    """
-    if weight is None:
-        return labels
-    one_hot = np.eye(classes, dtype=np.float32)[labels]  # (n, K)
-    return one_hot * (weight / weight.mean()).astype(np.float32)[:, None]

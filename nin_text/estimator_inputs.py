@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from sklearn.utils.multiclass import type_of_target
+from sklearn.utils.multiclass import type_of_target, unique_labels
 
 from nin_text.errors import UserError
 
@@ -61,6 +61,49 @@ def as_labels(y: Any) -> np.ndarray:
     if kind not in ("binary", "multiclass", "multilabel-indicator"):
         raise UserError(f"labels of this kind cannot be learned: {kind}")
     return labels
+
+
+def encode_labels(
+    texts: Sequence[str], y: np.ndarray, classes: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Class indices (n,), or (n, K) zeros and ones, and the sorted labels (K,)."""
+    if len(y) != len(texts):
+        raise UserError(f"there are {len(texts)} texts and {len(y)} labels")
+    if y.ndim == 2:
+        if not np.isin(y, (0, 1)).all():
+            raise UserError("an indicator matrix of labels must hold zeros and ones alone")
+        if classes is not None and y.shape[1] != len(classes):
+            raise UserError(
+                f"the matrix of labels has {y.shape[1]} columns for {len(classes)} classes"
+            )
+        return y.astype(np.float32), np.arange(y.shape[1]) if classes is None else classes
+    found = unique_labels(y) if classes is None else np.sort(classes)
+    unknown = set(y.tolist()) - set(found.tolist())
+    if unknown:
+        raise UserError(f"label {unknown.pop()!r} is not among the classes")
+    return np.searchsorted(found, y), found
+
+
+def with_weight(
+    texts: list[str], labels: np.ndarray, weight: np.ndarray | None
+) -> tuple[list[str], np.ndarray, np.ndarray | None]:
+    """Those texts whose weight is not zero."""
+    if weight is None or weight.all():
+        return texts, labels, weight
+    kept = np.flatnonzero(weight)
+    return [texts[i] for i in kept], labels[kept], weight[kept]
+
+
+def targets_of(labels: np.ndarray, weight: np.ndarray | None, classes: int) -> np.ndarray:
+    """What the loss is computed from: labels, or one-hot rows times the weights.
+
+    The cross-entropy is linear in the target, so that a weight of 2 does what the same text
+    twice does. Only the proportions of the weights matter.
+    """
+    if weight is None:
+        return labels
+    one_hot = np.eye(classes, dtype=np.float32)[labels]  # (n, K)
+    return one_hot * (weight / weight.mean()).astype(np.float32)[:, None]
 
 
 def in_parameters(message: str) -> str:

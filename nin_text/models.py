@@ -318,7 +318,7 @@ def load_encoder(
         UserError: if it cannot be loaded, or its weights are no numbers.
     """
     try:
-        folder = local(packaged(name))
+        folder = local_folder(packaged(name))
         check_folder(Path(folder))
         encoder = AutoModel.from_pretrained(folder, use_safetensors=True, trust_remote_code=False)
     except Exception as error:

@@ -290,19 +290,19 @@ class PackedClassifier:
             if not self.encoder.centred:
                 variance -= x.mean(dim=1).square()
             inverse = (variance + NORM_EPSILON).rsqrt()  # (n,), 1 / deviation
-        if score is not None:
+        alone = len(offsets) == 2 and len(x) <= SHORT_ROWS  # in fewer operations, then
+        if score is None:
+            top, weights = x.new_zeros(len(offsets) - 1), tokens.float()  # (b,), (n,)
+        else:
             if inverse is not None:
                 score = score * inverse
             score = score.masked_fill(~tokens, torch.finfo(score.dtype).min)
-        else:
-            score = torch.zeros_like(x[:, 0])
-        alone = len(offsets) == 2 and len(x) <= SHORT_ROWS  # in fewer operations, then
-        if alone:
-            top = spread = score.amax(dim=0, keepdim=True)  # (1,)
-        else:
-            top = torch.segment_reduce(score, "max", offsets=offsets)  # (b,)
-            spread = torch.repeat_interleave(top, offsets.diff(), output_size=len(score))
-        weights = (score - spread).exp() * tokens
+            if alone:
+                top = spread = score.amax(dim=0, keepdim=True)  # (1,)
+            else:
+                top = torch.segment_reduce(score, "max", offsets=offsets)  # (b,)
+                spread = torch.repeat_interleave(top, offsets.diff(), output_size=len(score))
+            weights = (score - spread).exp() * tokens
         scaled = weights if inverse is None else weights * inverse
         if alone:
             return top, weights.sum(dim=0, keepdim=True), scaled[None] @ x

@@ -13,6 +13,7 @@ import errno
 import importlib.util
 import json
 import logging
+import math
 import os
 import shutil
 import warnings
@@ -42,6 +43,7 @@ from nin_text.tokenization import encode, load_tokenizer, truncation
 
 logger = logging.getLogger(__name__)
 
+NGRAM_TABLE = "model.ngrams.weight"  # in an exported file
 MODEL_FILE, INT8_FILE = "model.onnx", "model.int8.onnx"
 TOKENIZER_FILE, ABOUT_FILE = "tokenizer.json", "classifier.json"
 
@@ -72,8 +74,8 @@ class PaddedClassifier(nn.Module):
 
         A text without tokens has logits of zero, as in the model.
         """
-        ids, mask = align(input_ids, attention_mask)  # (B, T) each
-        x, weights = self.encode(ids, mask)  # (B, T, C), (B, T)
+        ids, mask = align(input_ids, attention_mask)  # (B, T + 1) each
+        x, weights = self.encode(ids, mask)  # (B, T + 1, C), (B, T + 1)
         pooled = (weights[:, None] @ x)[:, 0]  # (B, C)
         total = weights.sum(dim=1, keepdim=True)  # (B, 1), zero for a text without tokens
         classifier, ngrams = self.model.classifier, self.model.ngrams
@@ -103,13 +105,14 @@ def align(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
     Pooling windows start at the first token, and n-grams do not cross padding.
 
     Returns:
-        (B, T) ids, zeros after the text, and (B, T) bool, true where there is a token.
+        (B, T + 1) ids, zeros after the text, and (B, T + 1) bool, true where there is a token: one
+        column more, as onnxruntime computes nothing of texts that all have none.
     """
     inside = attention_mask > 0
-    length = input_ids.shape[1]
-    # Padding goes to one column more, which is cut off.
+    length = input_ids.shape[1] + 1
+    # Padding goes to yet another column, which is cut off.
     place = torch.where(inside, inside.long().cumsum(dim=1) - 1, length)
-    room = torch.zeros_like(F.pad(input_ids, (0, 1)))  # (B, T + 1)
+    room = torch.zeros_like(F.pad(input_ids, (0, 2)))  # (B, T + 2)
     ids = room.scatter(1, place, input_ids)[:, :-1]
     positions = torch.arange(length, device=ids.device)
     return ids, positions[None] < inside.long().sum(dim=1, keepdim=True)
@@ -162,13 +165,19 @@ def write_onnx(model: nn.Module, path: Path, outputs: Sequence[str]) -> None:
 
 
 def quantize(source: Path, target: Path) -> None:
-    """Tables (embeddings, n-grams) and matrices of an ONNX file in int8.
+    """Tables (embeddings, n-grams) and matrices of an ONNX file in eight bits.
+
+    In int8, but for the table of n-grams: most of its weights are so much smaller than the largest
+    that even steps would make zeros of them. These are in float8.
 
     Convolutions stay float32: the integer ones of onnxruntime are three times as slow, and their
     weights are few.
     """
+    import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
+    nodes = onnx.load(source, load_external_data=False).graph.node
+    ngrams = [node.name for node in nodes if NGRAM_TABLE in node.input]
     with _errors_only(None):  # it advises a shape inference that changes nothing here
         quantize_dynamic(
             source,
@@ -176,7 +185,43 @@ def quantize(source: Path, target: Path) -> None:
             op_types_to_quantize=["Gather", "MatMul"],
             per_channel=True,
             weight_type=QuantType.QInt8,
+            nodes_to_exclude=ngrams,
         )
+    if ngrams:
+        model = onnx.load(target)
+        _ngrams_in_float8(model.graph)
+        onnx.save(model, target)
+
+
+def _ngrams_in_float8(graph: Any) -> None:
+    """Make the n-gram table of an ONNX graph one of bytes, each the place of a value of float8.
+
+    onnxruntime looks up bytes and floats on every processor, numbers of type float8 not. A table
+    that was saved in float8 loses nothing.
+    """
+    from onnx import TensorProto, helper, numpy_helper
+
+    (table,) = (tensor for tensor in graph.initializer if tensor.name == NGRAM_TABLE)
+    (lookup,) = (node for node in graph.node if NGRAM_TABLE in node.input)
+    weights = torch.from_numpy(numpy_helper.to_array(table).copy())  # (buckets, K)
+    largest = max(float(weights.abs().max()), torch.finfo(torch.float32).tiny)
+    # A power of two: values of float8 stay such.
+    scale = 2.0 ** math.ceil(math.log2(largest / torch.finfo(torch.float8_e4m3fn).max))
+    codes = (weights / scale).to(torch.float8_e4m3fn).view(torch.uint8)  # (buckets, K)
+    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    values = every.float().nan_to_num() * scale  # (256,)
+    graph.initializer.remove(table)
+    for name, array in (("ngram_codes", codes), ("ngram_values", values)):
+        graph.initializer.append(numpy_helper.from_array(array.numpy(), name))
+    nodes = (
+        helper.make_node("Gather", ["ngram_codes", lookup.input[1]], ["codes_of_texts"]),
+        helper.make_node("Cast", ["codes_of_texts"], ["places_of_texts"], to=TensorProto.INT32),
+        helper.make_node("Gather", ["ngram_values", "places_of_texts"], lookup.output),
+    )
+    place = list(graph.node).index(lookup)
+    graph.node.remove(lookup)
+    for node in reversed(nodes):
+        graph.node.insert(place, node)
 
 
 @contextmanager

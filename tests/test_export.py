@@ -92,7 +92,7 @@ def test_tokens_are_moved_to_the_left_wherever_padding_is() -> None:
     ids, mask = torch.tensor([[9, 1, 9, 2], [9, 9, 9, 9]]), torch.tensor([[0, 1, 0, 1], [0] * 4])
     aligned, inside = export.align(ids, mask)
     assert aligned[inside].tolist() == [1, 2]
-    assert inside.tolist() == [[True, True, False, False], [False] * 4]
+    assert inside.tolist() == [[True, True, False, False, False], [False] * 5]
 
 
 # ---- ONNX --------------------------------------------------------------------------------------
@@ -122,12 +122,35 @@ def test_every_preset_gives_the_same_in_onnx(
     assert max(found.values()) <= 1e-5
     probabilities, logits = export.run(session, *map(torch.from_numpy, np.ones((2, 1, 4), int)))
     assert probabilities.shape == logits.shape == (1, options["num_labels"])
+    nothing = torch.zeros((2, 0), dtype=torch.int64)  # what a tokenizer makes of two empty texts
+    assert (export.run(session, nothing, nothing)[1] == 0).all()
     # Another model is found out: the comparison is not of something with itself.
     other = make_model(name, ngram_buckets=256, **options)
     with torch.no_grad():
         other.classifier.bias += torch.arange(options["num_labels"])
     wrong = export.difference(other, session, export.probes(VOCABULARY, 0))
     assert min(wrong.values()) > 1e-3
+
+
+def test_ngrams_that_were_saved_in_float8_lose_nothing_in_eight_bits(tmp_path: Path) -> None:
+    """Most weights are far below the largest; even steps of a 127th of it would leave zeros."""
+    model = make_model("n-grams", ngram_size=1, ngram_buckets=4096)
+    with torch.no_grad():
+        for parameter in model.parameters():  # n-grams alone are looked at
+            parameter.zero_()
+        model.ngrams.bias.zero_()
+        model.ngrams.weight.normal_(std=0.01)
+        model.ngrams.weight[0] = 4.0
+        model.ngrams.weight.copy_(model.ngrams.weight.to(torch.float8_e4m3fn).float())
+    files = tmp_path / "model.onnx", tmp_path / "model.int8.onnx"
+    export.write_onnx(export.PaddedClassifier(model), files[0], export.OUTPUTS)
+    export.quantize(*files)
+    onnx.checker.check_model(files[1], full_check=True)
+    ids = torch.arange(1, VOCABULARY)[:, None]
+    sessions = map(export.open_session, files)
+    exact, rounded = (export.run(session, ids, torch.ones_like(ids))[1] for session in sessions)
+    assert 0 < np.median(np.abs(exact)) < 4 / 127
+    np.testing.assert_allclose(rounded, exact, rtol=1e-5, atol=1e-7)
 
 
 # ---- the folder --------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ import pytest
 from conftest import ROOT, Script
 from huggingface_hub import ModelCard
 
-from nin_text.options import READY_MADE, model_folder
+from nin_text.export import export_onnx
+from nin_text.options import READY_MADE, ExportOptions, model_folder
 
 OBVIOUS = {
     "imdb-sentiment": {
@@ -40,6 +41,16 @@ def test_a_ready_made_model_is_small_whole_and_has_a_card(name: str) -> None:
 def test_it_answers_by_name(script: Script, name: str) -> None:
     finished = script("predict_text", "--model", name, *OBVIOUS[name])
     assert {line["text"]: line["label"] for line in finished.lines} == OBVIOUS[name]
+
+
+@pytest.mark.parametrize("name", READY_MADE)
+def test_it_is_exported_in_int8(name: str, real_data: Path, tmp_path: Path) -> None:
+    options = ExportOptions(model=name, output_dir=tmp_path / "exported")
+    figures = export_onnx(options)["int8"]
+    assert figures["checked"] == "accuracy"
+    assert figures["texts"] >= 2500
+    assert figures["lost"] <= 0.003
+    assert (tmp_path / "exported" / "model.int8.onnx").stat().st_size < 5_000_000
 
 
 def test_the_first_is_the_default_of_predict_text(script: Script) -> None:

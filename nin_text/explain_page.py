@@ -160,9 +160,17 @@ def explain_html(
 
     Returns:
         The page, which needs no other file and no network.
+
+    Raises:
+        ValueError: if `truths` are not one index of a class for each text.
     """
     texts = [texts] if isinstance(texts, str) else texts
-    page = Page(label_names(model), title, subtitle)
+    names = label_names(model)
+    if truths is not None and (
+        len(truths) != len(texts) or not all(0 <= truth < len(names) for truth in truths)
+    ):
+        raise ValueError(f"truths must be {len(texts)} indices of classes, 0 to {len(names) - 1}")
+    page = Page(names, title, subtitle)
     for i, text in enumerate(texts):
         if page.full:
             page.texts = len(texts)

@@ -13,8 +13,9 @@ K classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,13 @@ FUSED = _fused_product()
 
 def _is_fused(x: Tensor) -> bool:
     return FUSED is not None and x.dtype == torch.bfloat16 and x.device.type == "cpu"
+
+
+def prepacked(weight: Tensor) -> Tensor:
+    """A weight (C, D) in the order that oneDNN brings it into on every call of a product else."""
+    if not _is_fused(weight):
+        return weight
+    return torch.ops.mkldnn._reorder_linear_weight(weight, SLICE_ROWS["cpu"])
 
 
 def linear_act(x: Tensor, weight: Tensor, bias: Tensor, act: str) -> Tensor:
@@ -102,8 +110,11 @@ class Packed:
         granule = max(stride, 8, 1 << max(0, min(total, 4096).bit_length() - 5))  # 6 % at most
         total = -(-total // granule) * granule
         rows: np.ndarray = np.full(total + 2 * halo, no_token, dtype=np.int64)
-        before = starts - (lengths.cumsum() - lengths)  # rows without a token before each text
-        rows[np.repeat(before + halo, lengths) + np.arange(len(ids))] = ids
+        if len(lengths) == 1:
+            rows[halo : halo + len(ids)] = ids
+        else:
+            before = starts - (lengths.cumsum() - lengths)  # rows without a token before each text
+            rows[np.repeat(before + halo, lengths) + np.arange(len(ids))] = ids
         return cls(torch.from_numpy(rows), starts, total)
 
 
@@ -132,11 +143,16 @@ class FoldedBlock:
             scale, shift = weights["blocks.0.norm.weight"], weights["blocks.0.norm.bias"]
             normed = F.layer_norm(embeddings, scale.shape, scale, shift, NORM_EPSILON)
         conv = weights["blocks.0.spatial.convs.0.weight"]  # (C, E, width)
-        taps = normed @ conv.permute(2, 1, 0)  # (width, V, C)
-        taps[width // 2] += weights["blocks.0.spatial.convs.0.bias"]
-        # One more row for where there is no token.
-        self.taps = F.pad(taps, (0, 0, 0, 1)).flatten(0, 1).to(dtype)  # (width * (V + 1), C)
         self.no_token = len(embeddings)
+        # One more row for where there is no token. One tap after the other: they are large.
+        taps = torch.zeros(width, self.no_token + 1, len(conv), dtype=dtype, device=conv.device)
+        exact = torch.empty(self.no_token, len(conv), device=conv.device)  # (V, C)
+        for i, tap in enumerate(conv.unbind(dim=2)):  # (C, E)
+            torch.mm(normed, tap.t(), out=exact)
+            if i == width // 2:
+                exact += weights["blocks.0.spatial.convs.0.bias"]
+            taps[i, :-1] = exact
+        self.taps = taps.flatten(0, 1)  # (width * (V + 1), C)
         self.first_rows = torch.arange(width, device=conv.device) * (self.no_token + 1)
         self.dilation = config["dilations"][0]
         self.gap = self.halo = width // 2 * self.dilation
@@ -158,7 +174,7 @@ class FoldedBlock:
                     weight = weight - weight.mean(dim=0)
                 linears[-1] = weight, torch.zeros_like(bias)
             self.embeddings = self.embeddings.to(dtype)
-        self.linears = [(weight.to(dtype), bias.to(dtype)) for weight, bias in linears]
+        self.linears = [(prepacked(weight.to(dtype)), bias.to(dtype)) for weight, bias in linears]
 
     @staticmethod
     def supports(config: dict[str, Any]) -> bool:
@@ -200,21 +216,25 @@ class PackedClassifier:
 
     def __init__(self, encoder: Any, weights: dict[str, Tensor], config: dict[str, Any]) -> None:
         self.encoder = encoder
-        self.norm_weight = self.norm_bias = None
-        if config["norm"] and not encoder.normed:
-            self.norm_weight = weights["nin.final_norm.weight"]
-            self.norm_bias = weights["nin.final_norm.bias"]
-        self.classifier = weights["classifier.weight"], weights["classifier.bias"]
-        self.device = self.classifier[0].device
+        weight, bias = weights["classifier.weight"], weights["classifier.bias"]  # (K, C), (K,)
+        self.device = weight.device
         self.ngram_size = config["ngram_size"]
         if self.ngram_size:
-            self.ngrams = weights["ngrams.weight"], weights["ngrams.bias"]
+            self.ngrams = weights["ngrams.weight"]
+            bias = bias + weights["ngrams.bias"]
         # What a token's vector is multiplied by for its attention score, (C,).
         attention = weights.get("nin.attention.weight")
         self.attention = None if attention is None else attention[0]
-        if self.attention is not None and self.norm_weight is not None:
-            scaled = self.attention * self.norm_weight
-            self.attention = scaled - scaled.mean()  # blind to the mean of the channels
+        self.norm = config["norm"] and not encoder.normed
+        if self.norm:
+            # Its scale and shift are the same for every token, and so can be those of what comes
+            # after; and this is blind to the mean of the channels, which the norm takes away.
+            scale, shift = weights["nin.final_norm.weight"], weights["nin.final_norm.bias"]
+            bias = bias + weight @ shift
+            weight = _centred(weight * scale)
+            if self.attention is not None:
+                self.attention = _centred(self.attention * scale)
+        self.classifier = weight, bias
         self.slice_rows = SLICE_ROWS.get(self.device.type, SLICE_ROWS["cuda"])
 
     @classmethod
@@ -225,8 +245,19 @@ class PackedClassifier:
         nin = {name[4:]: value for name, value in weights.items() if name.startswith("nin.")}
         return cls(FoldedBlock(config, nin, dtype), weights, config)
 
-    def logits(self, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """(B, K) float32 logits of texts with token ids (M,) and these lengths (B,), none 0."""
+    def logits(
+        self, ids: np.ndarray, lengths: np.ndarray, each: Callable[..., Iterable[Any]] = map
+    ) -> np.ndarray:
+        """Logits of texts that lie end to end.
+
+        Args:
+            ids: (M,) token ids.
+            lengths: (B,) tokens of each text, none 0.
+            each: calls a function with each of several items, as `map` does, or at once.
+
+        Returns:
+            (B, K) float32.
+        """
         encoder = self.encoder
         packed = Packed.of(
             ids,
@@ -237,94 +268,128 @@ class PackedClassifier:
             stride=encoder.stride,
         )
         with torch.inference_mode():
-            rows = packed.rows.to(self.device)
-            pooled = self._pool(rows, packed)  # (B, C)
-            logits = F.linear(pooled, *self.classifier)  # (B, K)
+            if len(lengths) == 1 and packed.total <= SHORT_ROWS:
+                return self._one(ids, lengths, packed)
+            texts, parts, jobs = self._slices(packed)
+            if self.ngram_size:  # the longest job comes first
+                jobs.insert(0, partial(self._ngram_evidence, ids, lengths))
+            results = list(each(_infer, jobs))
+            logits = F.linear(_joined(parts, texts, len(lengths)), *self.classifier)  # (B, K)
             if self.ngram_size:
-                logits += self._ngram_evidence(ids, lengths) + self.ngrams[1]
-            return logits.float().cpu().numpy()
+                logits += results[0]
+            return logits.cpu().numpy()
 
-    def _pool(self, rows: Tensor, packed: Packed) -> Tensor:
-        """(N + 2 * halo,) rows to (B, C): the weighted mean of the token vectors of each text."""
+    def _one(self, ids: np.ndarray, lengths: np.ndarray, packed: Packed) -> np.ndarray:
+        """(1, K) logits of a short text, in as few operations as there may be."""
+        x = self.encoder(packed.rows.to(self.device))[: len(ids)].float()  # (M, C)
+        inverse = self._inverse_deviation(x) if self.norm else 1.0  # (M,)
+        if self.attention is None:
+            weights = x.new_full((len(ids),), 1 / len(ids))  # (M,)
+        else:
+            weights = (torch.mv(x, self.attention) * inverse).softmax(dim=0)  # (M,)
+        logits = F.linear((weights * inverse)[None] @ x, *self.classifier)  # (1, K)
+        if self.ngram_size:
+            logits += self._ngram_evidence(ids, lengths)
+        return logits.cpu().numpy()
+
+    def _slices(self, packed: Packed) -> tuple[list[int], Tensor, list[Callable[[], Any]]]:
+        """The work on all slices, yet to be done.
+
+        Returns:
+            The texts that lie in each slice, one slice after another: P parts; an array for what
+            `_slice` makes of each part, (P, C + 2); and the jobs that fill it.
+        """
+        rows = packed.rows.to(self.device)  # (N + 2 * halo,)
         step = self.slice_rows // self.encoder.stride * self.encoder.stride
-        parts: list[tuple[Tensor, Tensor, Tensor]] = []
         texts: list[int] = []
+        slices: list[tuple[Tensor, Tensor, slice]] = []
         for start in range(0, packed.total, step):
             end = min(start + step, packed.total)
             first = int(np.searchsorted(packed.starts, start, "right")) - 1
             last = int(np.searchsorted(packed.starts, end))
             offsets = np.append(np.maximum(packed.starts[first:last] - start, 0), end - start)
             window = rows[start : end + 2 * self.encoder.halo]
-            parts.append(self._slice(window, torch.from_numpy(offsets).to(self.device)))
+            place = slice(len(texts), len(texts) + last - first)
+            slices.append((window, torch.from_numpy(offsets).to(self.device), place))
             texts += range(first, last)
-        tops, totals, sums = (
-            parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
-        )
-        count = len(packed.starts)
-        if len(texts) > count:  # some text lies in several slices
-            text = torch.tensor(texts, device=self.device)
-            top = tops.new_full((count,), -torch.inf).scatter_reduce(0, text, tops, "amax")
-            scale = (tops - top[text]).exp()
-            totals = totals.new_zeros(count).index_add(0, text, totals * scale)
-            sums = sums.new_zeros(count, sums.shape[1]).index_add(0, text, sums * scale[:, None])
-        return self._normed(sums / totals[:, None])
+        # One array for all: what each slice left of its own would lie between its freed buffers,
+        # which the C library could then not use again for the next.
+        width = self.classifier[0].shape[1] + 2
+        parts = torch.empty(len(texts), width, device=self.device)  # (P, C + 2)
+        jobs: list[Callable[[], Any]] = [
+            partial(self._slice, window, offsets, parts[place]) for window, offsets, place in slices
+        ]
+        return texts, parts, jobs
 
-    def _slice(self, window: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What a slice adds to the pooled sum of each text in it.
+    def _slice(self, window: Tensor, offsets: Tensor, out: Tensor) -> None:
+        """What a slice adds to the pooled sums of the texts in it.
 
         Args:
             window: (n + 2 * halo,) token ids.
-            offsets: (b + 1,) where each text begins in the slice, and n.
-
-        Returns:
-            The greatest score (b,), the sum of weights (b,) relative to it, and the weighted sum
-            (b, C) of token vectors divided by their standard deviation.
+            offsets: (b + 1,) where each part begins in the slice, and n.
+            out: (b, C + 2) is filled with the greatest score, the sum of weights relative to it,
+                and the weighted sum of token vectors divided by their standard deviation.
         """
         halo = self.encoder.halo
         tokens = window[halo : len(window) - halo] != self.encoder.no_token  # (n,)
         x = self.encoder(window).float()  # (n, C)
         score = None if self.attention is None else torch.mv(x, self.attention)  # (n,)
-        inverse = None
-        if self.norm_weight is not None:
-            variance = torch.linalg.vector_norm(x, dim=1).square() / x.shape[1]
-            if not self.encoder.centred:
-                variance -= x.mean(dim=1).square()
-            inverse = (variance + NORM_EPSILON).rsqrt()  # (n,), 1 / deviation
-        alone = len(offsets) == 2 and len(x) <= SHORT_ROWS  # in fewer operations, then
+        inverse = self._inverse_deviation(x) if self.norm else None  # (n,)
         if score is None:
-            top, weights = x.new_zeros(len(offsets) - 1), tokens.float()  # (b,), (n,)
+            out[:, 0], weights = 0, tokens.float()  # (n,)
         else:
             if inverse is not None:
                 score = score * inverse
             score = score.masked_fill(~tokens, torch.finfo(score.dtype).min)
-            if alone:
-                top = spread = score.amax(dim=0, keepdim=True)  # (1,)
-            else:
-                top = torch.segment_reduce(score, "max", offsets=offsets)  # (b,)
-                spread = torch.repeat_interleave(top, offsets.diff(), output_size=len(score))
+            top = torch.segment_reduce(score, "max", offsets=offsets)  # (b,)
+            out[:, 0] = top
+            spread = torch.repeat_interleave(top, offsets.diff(), output_size=len(score))
             weights = (score - spread).exp() * tokens
         scaled = weights if inverse is None else weights * inverse
-        if alone:
-            return top, weights.sum(dim=0, keepdim=True), scaled[None] @ x
-        total = torch.segment_reduce(weights, "sum", offsets=offsets)  # (b,)
+        out[:, 1] = torch.segment_reduce(weights, "sum", offsets=offsets)
         each = torch.arange(len(x), device=x.device)
-        sums = F.embedding_bag(each, x, offsets[:-1], mode="sum", per_sample_weights=scaled)
-        return top, total, sums
+        out[:, 2:] = F.embedding_bag(each, x, offsets[:-1], mode="sum", per_sample_weights=scaled)
 
-    def _normed(self, pooled: Tensor) -> Tensor:
-        """What remains of the final norm: (B, C) to (B, C).
-
-        The mean of tokens divided by their deviation still has to be centred, scaled and shifted,
-        which is the same for every token and so can wait until they are summed.
-        """
-        if self.norm_weight is None or self.norm_bias is None:
-            return pooled
-        return (pooled - pooled.mean(dim=1, keepdim=True)) * self.norm_weight + self.norm_bias
+    def _inverse_deviation(self, x: Tensor) -> Tensor:
+        """(n, C) to (n,): what the norm multiplies each row by once its mean is gone."""
+        variance = torch.linalg.vector_norm(x, dim=1).square_().div_(x.shape[1])
+        if not self.encoder.centred:
+            variance -= x.mean(dim=1).square_()
+        return variance.add_(NORM_EPSILON).rsqrt_()
 
     def _ngram_evidence(self, ids: np.ndarray, lengths: np.ndarray) -> Tensor:
         """(B, K) evidence of the distinct n-grams of each text, without the bias."""
-        keys = distinct_ngrams(ids, lengths, self.ngram_size, len(self.ngrams[0]))
-        return sum_of_distinct(keys.to(self.device), len(lengths), self.ngrams[0])
+        keys = distinct_ngrams(ids, lengths, self.ngram_size, len(self.ngrams))
+        return sum_of_distinct(keys.to(self.device), len(lengths), self.ngrams)
+
+
+def _centred(weight: Tensor) -> Tensor:
+    """(..., C): the same without its mean, and so blind to a mean of what it is multiplied by."""
+    return weight - weight.mean(dim=-1, keepdim=True)
+
+
+def _infer(job: Callable[[], Any]) -> Any:
+    """Do a job in inference mode, which each thread has to be told of."""
+    with torch.inference_mode():
+        return job()
+
+
+def _joined(parts: Tensor, texts: list[int], count: int) -> Tensor:
+    """(B, C): the weighted mean of the token vectors of each text.
+
+    Args:
+        parts: (P, C + 2) what `PackedClassifier._slice` made of each part of a text.
+        texts: P texts that these are of.
+        count: B.
+    """
+    tops, totals, sums = parts[:, 0], parts[:, 1], parts[:, 2:]  # (P,), (P,), (P, C)
+    if len(texts) > count:  # some text has several parts
+        text = torch.tensor(texts, device=tops.device)
+        top = tops.new_full((count,), -torch.inf).scatter_reduce(0, text, tops, "amax")
+        scale = (tops - top[text]).exp()
+        totals = totals.new_zeros(count).index_add(0, text, totals * scale)
+        sums = sums.new_zeros(count, sums.shape[1]).index_add(0, text, sums * scale[:, None])
+    return sums / totals[:, None]
 
 
 class BlocksEncoder:

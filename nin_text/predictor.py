@@ -17,6 +17,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from threading import Barrier, Lock
@@ -27,7 +28,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from nin_text.device import pick_device, use_bf16
+from nin_text.device import pick_device, return_freed_memory, use_bf16
 from nin_text.errors import UserError
 from nin_text.options import (
     CONFIG_FILE,
@@ -46,7 +47,8 @@ if TYPE_CHECKING:
 
 # Characters of a job, which one thread works on. Every thread gets as many jobs of the same size,
 # so that none works on while others have nothing left; of small calls as many as are worth it.
-LEAST_JOB, MOST_JOB = 2**14, 2**17
+LEAST_JOB, MOST_JOB = 2**14, 2**18
+LONG_TEXT = 2**17  # characters of a text whose parts are worked on at once
 GPU_THREADS = 4  # that tokenize for a GPU: two left it waiting, and sixteen were hardly faster
 UNLIMITED = 10**9  # tokens
 MODEL_FILES = (CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE, TOKENIZER_CONFIG_FILE)
@@ -103,6 +105,8 @@ class Predictor:
         self.tokenizer = PackedTokenizer(folder, max_length)
         dtype = torch.bfloat16 if bf16 else torch.float32
         self.classifier = _pack(config, weights, dtype, self.device, folder, loaded)
+        del loaded, read, weights
+        return_freed_memory()  # several times what the tables made of the weights take
         self.threads = torch.get_num_threads() if self.device.type == "cpu" else GPU_THREADS
         self._pool: ThreadPoolExecutor | None = None
         self._lock = Lock()
@@ -123,8 +127,8 @@ class Predictor:
             raise TypeError("texts must be a list of strings, not one string")
         texts = texts if isinstance(texts, Sequence) else list(texts)
         if len(texts) == 1:
-            return self._answer(texts)
-        answers = self.map(self._answer, list(self.jobs(texts)))
+            return self._answer(texts, self.map if len(texts[0]) > LONG_TEXT else map)
+        answers = self.map(partial(self._answer, each=map), list(self.jobs(texts)))
         return np.concatenate([np.zeros((0, len(self.label_names)), np.float32), *answers])
 
     def fingerprint(self) -> str:
@@ -150,8 +154,8 @@ class Predictor:
         bounds = [0, *(np.flatnonzero(job[1:] != job[:-1]) + 1).tolist(), len(texts)]
         return (texts[start:end] for start, end in pairwise(bounds) if start < end)
 
-    def _answer(self, texts: Sequence[str]) -> np.ndarray:
-        return self.classifier.logits(*self.tokenizer.encode(texts))
+    def _answer(self, texts: Sequence[str], each: Callable[..., Iterable[Any]]) -> np.ndarray:
+        return self.classifier.logits(*self.tokenizer.encode(texts, each), each)
 
     def _threads(self) -> ThreadPoolExecutor:
         """Threads that each compute on one core, started when first needed."""
@@ -201,10 +205,15 @@ class PackedTokenizer:
             tokenizer.enable_truncation(self.limit)
         self.tokenizer = tokenizer
 
-    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids end to end (N,) and how many each text has (n,); a text without any gets [UNK]."""
+    def encode(
+        self, texts: Sequence[str], each: Callable[..., Iterable[Any]] = map
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Ids end to end (N,) and how many each text has (n,); a text without any gets [UNK].
+
+        `each` is as in `WordTable.encode`.
+        """
         if self.words is not None:
-            return cut_and_fill(*self.words.encode(texts), self.limit, self.empty)
+            return cut_and_fill(*self.words.encode(texts, each), self.limit, self.empty)
         cleaned = [clean(text) for text in texts]
         rows = [encoding.ids for encoding in self.tokenizer.encode_batch_fast(cleaned)]
         lengths = np.array([len(row) for row in rows], dtype=np.int64)

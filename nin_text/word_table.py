@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from threading import Lock
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -90,33 +91,38 @@ class WordTable:
             )
         )
 
-    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def encode(
+        self, texts: Sequence[str], each: Callable[..., Iterable[Any]] = map
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Ids of all texts end to end, and how many each has.
+
+        Args:
+            texts: B of them.
+            each: calls a function with each of several items, as `map` does, or at once.
 
         Returns:
             (N,) int32 and (B,) int64.
         """
-        ids: list[np.ndarray] = []
-        lengths: np.ndarray = np.zeros(len(texts), dtype=np.int64)
-        chunk: list[bytes] = []
-        owner: list[int] = []
+        chunks: list[list[bytes]] = [[]]
+        owners: list[int] = []  # the text of each part
         size = 0
         for i, text in enumerate(texts):
             for part in _parts(text):
-                chunk.append(part)
-                owner.append(i)
-                size += len(part)
                 if size >= CHUNK_BYTES:
-                    self._encode(chunk, owner, ids, lengths)
-                    chunk, owner, size = [], [], 0
-        if chunk:
-            self._encode(chunk, owner, ids, lengths)
-        return np.concatenate([np.zeros(0, dtype=np.int32), *ids]), lengths
+                    chunks.append([])
+                    size = 0
+                chunks[-1].append(part)
+                owners.append(i)
+                size += len(part)
+        lengths: np.ndarray = np.zeros(len(texts), dtype=np.int64)
+        if not owners:
+            return np.zeros(0, dtype=np.int32), lengths
+        ids, counts = zip(*each(self._encode, chunks), strict=True)
+        np.add.at(lengths, owners, np.concatenate(counts))
+        return np.concatenate(ids), lengths
 
-    def _encode(
-        self, chunk: list[bytes], owner: list[int], ids: list[np.ndarray], lengths: np.ndarray
-    ) -> None:
-        """Append the ids of the parts of a chunk to `ids`, and add their numbers to `lengths`."""
+    def _encode(self, chunk: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of the parts of a chunk, end to end, and how many each has."""
         data = b"\n".join(chunk) + b"\n" * (KEY_BYTES + 2)  # keys may be read beyond the last word
         starts, ends, odd = self._words(data)  # (W,) each
         with self.lock:
@@ -127,10 +133,11 @@ class WordTable:
         begin = first[words]
         counts = first[words + 1] - begin  # (W,)
         total = np.concatenate([[0], counts.cumsum()])  # (W + 1,)
-        ids.append(pieces[np.repeat(begin - total[:-1], counts) + np.arange(total[-1])])
+        ids = pieces[np.repeat(begin - total[:-1], counts) + np.arange(total[-1])]
+        if len(chunk) == 1:
+            return ids, np.array([len(ids)])
         ends_of_parts = np.cumsum([len(part) + 1 for part in chunk])
-        tokens = total[np.searchsorted(starts, ends_of_parts)]
-        np.add.at(lengths, owner, np.diff(tokens, prepend=0))
+        return ids, np.diff(total[np.searchsorted(starts, ends_of_parts)], prepend=0)
 
     def _words(self, data: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Where the words are: (W,) starts, ends, and whether the word has no key."""
@@ -161,6 +168,8 @@ class WordTable:
         lowered = data.lower() if self.lowercase else data
         low, high = _keys(lowered, starts, ends - starts)
         words = _find_slots(self.slots, low, high)  # (W,), -1 where there is none
+        if words.min(initial=0) >= 0 and not odd.any():
+            return words
         unknown = np.flatnonzero((words < 0) & ~odd)
         new: dict[tuple[int, int], int] = {}
         for i, key in zip(

@@ -23,6 +23,7 @@ from nin_text import Predictor, UserError, load
 from nin_text.demo_data import generate
 from nin_text.evaluation import predict_logits, softmax
 from nin_text.tokenization import encode
+from nin_text.word_table import CHUNK_BYTES
 
 REVIEWS = generate("demo_reviews")["test"][0][:200]
 TEXTS = ["", " ", "A fine film.", "\U0001f600 zzz", "Dull, dull. " * 300, "\ud800", *REVIEWS[:50]]
@@ -90,6 +91,21 @@ def test_eight_threads_get_the_answers_of_one(predictor: Predictor) -> None:
         np.testing.assert_allclose(answers[i + 2], expected[:3], atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["imdb-sentiment", "ag-news-topics"])
+def test_parts_of_a_long_text_are_worked_on_at_once(name: str) -> None:
+    predictor = Predictor(name, precision="fp32", device="cpu")
+    predictor.threads = 3
+    text = " ".join(REVIEWS * 45) + " b\u00e9" * 3000
+    assert len(text) > 2 * CHUNK_BYTES  # tokenized in parts, too
+    (answer,) = predictor.logits([text])
+    assert predictor._pool is not None
+    (expected,) = defined_logits(name, [text])
+    assert np.abs(answer - expected).max() <= 1e-4 * np.abs(expected).max()  # its softmax rounds
+    np.testing.assert_allclose(predictor._answer([text], map)[0], answer, rtol=1e-6)
+    together = predictor.logits([text, "Superb.", text])
+    np.testing.assert_allclose(together[[0, 2]], np.stack([answer] * 2), rtol=1e-5)
+
+
 def test_its_threads_leave_those_of_torch_alone() -> None:
     before = torch.get_num_threads()
     try:
@@ -118,7 +134,7 @@ def test_every_thread_gets_as_many_jobs_of_about_the_same_size(
     predictor: Predictor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(predictor, "threads", 3)
-    for texts, expected in ((2_000, 3), (4_000, 6), (400, 3), (50, 1)):
+    for texts, expected in ((2_000, 3), (8_000, 6), (400, 3), (50, 1)):
         sizes = [len(job) for job in predictor.jobs(["x" * 150] * texts)]
         assert len(sizes) == expected
         assert max(sizes) - min(sizes) <= 1

@@ -16,10 +16,11 @@ demo: $(STAMP)  ## train, save and evaluate a classifier on built-in reviews (ab
 
 test: $(STAMP)  ## run the whole test suite (ten to sixteen minutes on two idle cores)
 	# Threads that wait for each other would slow down two tests at once many times over.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	# A process that is done early takes over tests of the other.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-lowest: .venv-lowest/.installed  ## the same with the lowest versions that pyproject.toml admits
-	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n 2
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n 2 --dist worksteal
 
 check: $(STAMP)  ## lint, formatting and types
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).parent.parent
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
@@ -106,9 +107,20 @@ def script(tmp_path: Path) -> Script:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder of the default training, which every test shares."""
-    place = tmp_path_factory.mktemp("trained")
+    """The run folder of the default training, which every test shares, in whatever process."""
+    place = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        place = place.parent
+    place = place / "trained"
     folder = place / "run"
+    with FileLock(f"{place}.lock"):
+        if not place.exists():
+            _train(place, folder)
+    return folder
+
+
+def _train(place: Path, folder: Path) -> None:
+    place.mkdir()
     with (place / "stdout").open("w") as stdout:
         subprocess.run(
             [
@@ -120,4 +132,3 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
             check=True,
             stdout=stdout,
         )
-    return folder

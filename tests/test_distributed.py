@@ -127,7 +127,7 @@ def test_all_stages_run_in_two_processes(further: tuple, stages: set[str], tmp_p
 
 def test_images_train_in_two_processes(tmp_path: Path) -> None:
     """With batch normalization, whose statistics differ between them until they are judged."""
-    options = ("--limit", 200, "--epochs", 2, "--batch-size", 16)
+    options = ("--limit", 100, "--epochs", 1, "--batch-size", 16)
     for name in ("first", "second"):
         finished = torchrun(tmp_path, *options, "--output-dir", name, script="train_image")
         assert finished.returncode == 0, finished.stderr

@@ -6,10 +6,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import as_script
 import pytest
 from filelock import FileLock
 
@@ -49,10 +50,10 @@ def tiny_bert(vocab_size: int) -> Any:
 class Finished:
     """A script that has come to its end."""
 
-    def __init__(self, process: subprocess.CompletedProcess[str]) -> None:
-        self.status = process.returncode
-        self.out = process.stdout
-        self.err = process.stderr
+    def __init__(self, status: int, out: str, err: str) -> None:
+        self.status = status
+        self.out = out
+        self.err = err
 
     @property
     def lines(self) -> list[dict[str, Any]]:
@@ -80,27 +81,39 @@ class Finished:
 Script = Callable[..., Finished]
 
 
+def in_new_interpreter(
+    command: Sequence[object], folder: Path, stdin: str | None = None, **environment: str
+) -> Finished:
+    """Run a script, with its arguments, by an interpreter of its own."""
+    process = subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=folder,
+        env={**os.environ, **environment},
+        input=stdin,
+        stdin=subprocess.DEVNULL if stdin is None else None,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=as_script.TIMEOUT,
+        check=False,
+    )
+    return Finished(process.returncode, process.stdout, process.stderr)
+
+
 @pytest.fixture
-def script(tmp_path: Path) -> Script:
+def script(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Script:
     """Run scripts/<name>.py with arguments in tmp_path, as a user would."""
+    streams = tuple(tmp_path_factory.mktemp("streams") / name for name in ("in", "out", "err"))
 
     def run(
         name: str, *arguments: object, stdin: str | None = None, **environment: str
     ) -> Finished:
-        return Finished(
-            subprocess.run(
-                [sys.executable, str(ROOT / "scripts" / f"{name}.py"), *map(str, arguments)],
-                cwd=tmp_path,
-                env={**os.environ, **environment},
-                input=stdin,
-                stdin=subprocess.DEVNULL if stdin is None else None,
-                capture_output=True,
-                text=True,
-                encoding="utf-8",
-                timeout=280,
-                check=False,
-            )
-        )
+        path, words = ROOT / "scripts" / f"{name}.py", list(map(str, arguments))
+        if environment:  # which a new interpreter reads before all else
+            return in_new_interpreter([path, *words], tmp_path, stdin, **environment)
+        streams[0].write_text(stdin or "", encoding="utf-8")
+        status = as_script.run(path, words, tmp_path, os.environ, streams)
+        return Finished(status, *(stream.read_text(encoding="utf-8") for stream in streams[1:]))
 
     return run
 

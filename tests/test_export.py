@@ -164,7 +164,7 @@ def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     process = subprocess.run(
         [*command, "--output-dir", "out"], cwd=place, capture_output=True, text=True, check=False
     )
-    return place / "out", Finished(process)
+    return place / "out", Finished(process.returncode, process.stdout, process.stderr)
 
 
 def test_a_run_becomes_a_folder_that_states_what_was_checked(
@@ -350,7 +350,7 @@ def classify(folder: Path, *arguments: str, stdin: str = "") -> Finished:
         cwd=folder.parent,
         check=False,
     )
-    return Finished(process)
+    return Finished(process.returncode, process.stdout, process.stderr)
 
 
 def test_answers_without_torch_are_those_of_predict_text(

@@ -1,0 +1,73 @@
+"""A script in a process that has imported already what takes a new interpreter many seconds."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+TIMEOUT = 280  # seconds
+
+# A server that only imports and then forks: what one script does, no other sees.
+_server = multiprocessing.get_context("forkserver")
+_server.set_forkserver_preload(["nin_text.runs", "nin_text.inference", "nin_text.image_runs"])
+
+
+def run(
+    script: Path,
+    arguments: Sequence[str],
+    folder: Path,
+    environment: Mapping[str, str],
+    streams: tuple[Path, Path, Path],
+) -> int:
+    """Run a script to its end.
+
+    Args:
+        script: path of the file.
+        arguments: those of its command line.
+        folder: to work in.
+        environment: all variables. Those that libraries read when they are imported have the
+            values that they had when the first script was run.
+        streams: files for standard input, output and error; the first must exist.
+
+    Returns:
+        Its exit status.
+
+    Raises:
+        TimeoutError: if it takes longer than `TIMEOUT`.
+    """
+    process = _server.Process(
+        target=_main, args=(script, list(arguments), folder, dict(environment), streams)
+    )
+    process.start()
+    process.join(TIMEOUT)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        raise TimeoutError(f"{script.name} {' '.join(arguments)}")
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def _main(
+    script: Path,
+    arguments: list[str],
+    folder: Path,
+    environment: dict[str, str],
+    streams: tuple[Path, Path, Path],
+) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    for number, (path, mode) in enumerate(zip(streams, "rww", strict=True)):
+        with path.open(f"{mode}b") as file:
+            os.dup2(file.fileno(), number)
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", encoding="utf-8", buffering=1, closefd=False)  # noqa: SIM115
+    sys.argv = [str(script), *arguments]
+    sys.path.insert(0, str(script.parent))
+    runpy.run_path(str(script), run_name="__main__")

@@ -167,7 +167,7 @@ def explain_html(
     texts = [texts] if isinstance(texts, str) else texts
     names = label_names(model)
     if truths is not None and (
-        len(truths) != len(texts) or not all(0 <= truth < len(names) for truth in truths)
+        len(truths) != len(texts) or any(truth not in range(len(names)) for truth in truths)
     ):
         raise ValueError(f"truths must be {len(texts)} indices of classes, 0 to {len(names) - 1}")
     page = Page(names, title, subtitle)

@@ -56,9 +56,8 @@ def _is_fused(x: Tensor) -> bool:
 
 def prepacked(weight: Tensor) -> Tensor:
     """A weight (C, D) in the order that oneDNN brings it into on every call of a product else."""
-    if not _is_fused(weight):
-        return weight
-    return torch.ops.mkldnn._reorder_linear_weight(weight, SLICE_ROWS["cpu"])
+    reorder = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
+    return reorder(weight, SLICE_ROWS["cpu"]) if reorder and _is_fused(weight) else weight
 
 
 def linear_act(x: Tensor, weight: Tensor, bias: Tensor, act: str) -> Tensor:
@@ -146,7 +145,7 @@ class FoldedBlock:
         self.no_token = len(embeddings)
         # One more row for where there is no token. One tap after the other: they are large.
         taps = torch.zeros(width, self.no_token + 1, len(conv), dtype=dtype, device=conv.device)
-        exact = torch.empty(self.no_token, len(conv), device=conv.device)  # (V, C)
+        exact = conv.new_empty(self.no_token, len(conv))  # (V, C)
         for i, tap in enumerate(conv.unbind(dim=2)):  # (C, E)
             torch.mm(normed, tap.t(), out=exact)
             if i == width // 2:
@@ -246,14 +245,14 @@ class PackedClassifier:
         return cls(FoldedBlock(config, nin, dtype), weights, config)
 
     def logits(
-        self, ids: np.ndarray, lengths: np.ndarray, each: Callable[..., Iterable[Any]] = map
+        self, ids: np.ndarray, lengths: np.ndarray, map_fn: Callable[..., Iterable[Any]] = map
     ) -> np.ndarray:
         """Logits of texts that lie end to end.
 
         Args:
             ids: (M,) token ids.
             lengths: (B,) tokens of each text, none 0.
-            each: calls a function with each of several items, as `map` does, or at once.
+            map_fn: calls a function with each of several items, as `map` does, or several at once.
 
         Returns:
             (B, K) float32.
@@ -273,7 +272,7 @@ class PackedClassifier:
             texts, parts, jobs = self._slices(packed)
             if self.ngram_size:  # the longest job comes first
                 jobs.insert(0, partial(self._ngram_evidence, ids, lengths))
-            results = list(each(_infer, jobs))
+            results = list(map_fn(_infer, jobs))
             logits = F.linear(_joined(parts, texts, len(lengths)), *self.classifier)  # (B, K)
             if self.ngram_size:
                 logits += results[0]
@@ -315,7 +314,7 @@ class PackedClassifier:
         # One array for all: what each slice left of its own would lie between its freed buffers,
         # which the C library could then not use again for the next.
         width = self.classifier[0].shape[1] + 2
-        parts = torch.empty(len(texts), width, device=self.device)  # (P, C + 2)
+        parts = self.classifier[0].new_empty(len(texts), width)  # (P, C + 2)
         jobs: list[Callable[[], Any]] = [
             partial(self._slice, window, offsets, parts[place]) for window, offsets, place in slices
         ]
@@ -347,8 +346,8 @@ class PackedClassifier:
             weights = (score - spread).exp() * tokens
         scaled = weights if inverse is None else weights * inverse
         out[:, 1] = torch.segment_reduce(weights, "sum", offsets=offsets)
-        each = torch.arange(len(x), device=x.device)
-        out[:, 2:] = F.embedding_bag(each, x, offsets[:-1], mode="sum", per_sample_weights=scaled)
+        rows = torch.arange(len(x), device=x.device)
+        out[:, 2:] = F.embedding_bag(rows, x, offsets[:-1], mode="sum", per_sample_weights=scaled)
 
     def _inverse_deviation(self, x: Tensor) -> Tensor:
         """(n, C) to (n,): what the norm multiplies each row by once its mean is gone."""

@@ -15,12 +15,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from threading import Barrier, Lock
+from threading import Barrier, Lock, local
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -48,9 +49,10 @@ if TYPE_CHECKING:
 # Characters of a job, which one thread works on. Every thread gets as many jobs of the same size,
 # so that none works on while others have nothing left; of small calls as many as are worth it.
 LEAST_JOB, MOST_JOB = 2**14, 2**18
-LONG_TEXT = 2**17  # characters of a text whose parts are worked on at once
+LONG_TEXT = 2**17  # characters of a text that is asked for alone and worked on by all threads
 GPU_THREADS = 4  # that tokenize for a GPU: two left it waiting, and sixteen were hardly faster
 UNLIMITED = 10**9  # tokens
+_of_thread = local()
 MODEL_FILES = (CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE, TOKENIZER_CONFIG_FILE)
 MOST_TABLE_BYTES = 2**28  # of a folded convolution; a larger one is computed
 
@@ -109,6 +111,7 @@ class Predictor:
         return_freed_memory()  # several times what the tables made of the weights take
         self.threads = torch.get_num_threads() if self.device.type == "cpu" else GPU_THREADS
         self._pool: ThreadPoolExecutor | None = None
+        self._pool_process = 0  # that its threads are of
         self._lock = Lock()
 
     def predict(self, texts: Iterable[str]) -> list[str]:
@@ -128,7 +131,7 @@ class Predictor:
         texts = texts if isinstance(texts, Sequence) else list(texts)
         if len(texts) == 1:
             return self._answer(texts, self.map if len(texts[0]) > LONG_TEXT else map)
-        answers = self.map(partial(self._answer, each=map), list(self.jobs(texts)))
+        answers = self.map(partial(self._answer, map_fn=map), list(self.jobs(texts)))
         return np.concatenate([np.zeros((0, len(self.label_names)), np.float32), *answers])
 
     def fingerprint(self) -> str:
@@ -138,9 +141,13 @@ class Predictor:
             digest.update((self.folder / name).read_bytes())
         return digest.hexdigest()[:16]
 
-    def map(self, work: Callable[[Any], Any], jobs: Sequence[Any]) -> list[Any]:
-        """What `work` makes of each job: several at once on a core each, a single one on all."""
-        if len(jobs) > 1 and self.threads > 1:
+    def map(self, work: Callable[[Any], Any], jobs: Iterable[Any]) -> list[Any]:
+        """What `work` makes of each job: several at once on a core each, a single one on all.
+
+        Jobs of a job are done by its own thread: all others may be waiting for theirs.
+        """
+        jobs = list(jobs)
+        if len(jobs) > 1 and self.threads > 1 and not hasattr(_of_thread, "is_worker"):
             return list(self._threads().map(work, jobs))
         return [work(job) for job in jobs]
 
@@ -154,16 +161,17 @@ class Predictor:
         bounds = [0, *(np.flatnonzero(job[1:] != job[:-1]) + 1).tolist(), len(texts)]
         return (texts[start:end] for start, end in pairwise(bounds) if start < end)
 
-    def _answer(self, texts: Sequence[str], each: Callable[..., Iterable[Any]]) -> np.ndarray:
-        return self.classifier.logits(*self.tokenizer.encode(texts, each), each)
+    def _answer(self, texts: Sequence[str], map_fn: Callable[..., Iterable[Any]]) -> np.ndarray:
+        return self.classifier.logits(*self.tokenizer.encode(texts, map_fn), map_fn)
 
     def _threads(self) -> ThreadPoolExecutor:
         """Threads that each compute on one core, started when first needed."""
         with self._lock:
-            if self._pool is None:
+            if self._pool is None or self._pool_process != os.getpid():  # threads are not forked
                 started = Barrier(self.threads + 1)
 
                 def use_one_core() -> None:
+                    _of_thread.is_worker = True
                     torch.set_num_threads(1)
                     torch.get_num_threads()  # a thread takes its number when it is first asked
                     started.wait()
@@ -172,6 +180,7 @@ class Predictor:
                 # is undone as soon as every thread here has taken its own.
                 before = torch.get_num_threads()
                 self._pool = ThreadPoolExecutor(self.threads, "nin-text", use_one_core)
+                self._pool_process = os.getpid()
                 for _ in range(self.threads):
                     self._pool.submit(int)
                 started.wait()
@@ -206,14 +215,14 @@ class PackedTokenizer:
         self.tokenizer = tokenizer
 
     def encode(
-        self, texts: Sequence[str], each: Callable[..., Iterable[Any]] = map
+        self, texts: Sequence[str], map_fn: Callable[..., Iterable[Any]] = map
     ) -> tuple[np.ndarray, np.ndarray]:
         """Ids end to end (N,) and how many each text has (n,); a text without any gets [UNK].
 
-        `each` is as in `WordTable.encode`.
+        `map_fn` is as in `WordTable.encode`.
         """
         if self.words is not None:
-            return cut_and_fill(*self.words.encode(texts, each), self.limit, self.empty)
+            return cut_and_fill(*self.words.encode(texts, map_fn), self.limit, self.empty)
         cleaned = [clean(text) for text in texts]
         rows = [encoding.ids for encoding in self.tokenizer.encode_batch_fast(cleaned)]
         lengths = np.array([len(row) for row in rows], dtype=np.int64)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from threading import Lock
 from typing import Any
 
@@ -92,32 +92,23 @@ class WordTable:
         )
 
     def encode(
-        self, texts: Sequence[str], each: Callable[..., Iterable[Any]] = map
+        self, texts: Sequence[str], map_fn: Callable[..., Iterable[Any]] = map
     ) -> tuple[np.ndarray, np.ndarray]:
         """Ids of all texts end to end, and how many each has.
 
         Args:
             texts: B of them.
-            each: calls a function with each of several items, as `map` does, or at once.
+            map_fn: calls a function with each of several items, as `map` does, or several at once.
 
         Returns:
             (N,) int32 and (B,) int64.
         """
-        chunks: list[list[bytes]] = [[]]
-        owners: list[int] = []  # the text of each part
-        size = 0
-        for i, text in enumerate(texts):
-            for part in _parts(text):
-                if size >= CHUNK_BYTES:
-                    chunks.append([])
-                    size = 0
-                chunks[-1].append(part)
-                owners.append(i)
-                size += len(part)
         lengths: np.ndarray = np.zeros(len(texts), dtype=np.int64)
-        if not owners:
+        owners: list[int] = []  # the text of each part
+        encoded = list(map_fn(self._encode, _chunks(texts, owners)))
+        if not encoded:
             return np.zeros(0, dtype=np.int32), lengths
-        ids, counts = zip(*each(self._encode, chunks), strict=True)
+        ids, counts = zip(*encoded, strict=True)
         np.add.at(lengths, owners, np.concatenate(counts))
         return np.concatenate(ids), lengths
 
@@ -269,6 +260,22 @@ def _parts(text: str) -> list[bytes]:
         parts.append(data[start : space.start()])
         start = space.start()
     return [*parts, data[start:]]
+
+
+def _chunks(texts: Sequence[str], owners: list[int]) -> Iterator[list[bytes]]:
+    """Parts of texts, `CHUNK_BYTES` at a time or little more; `owners` gets the text of each."""
+    chunk: list[bytes] = []
+    size = 0
+    for i, text in enumerate(texts):
+        for part in _parts(text):
+            chunk.append(part)
+            owners.append(i)
+            size += len(part)
+            if size >= CHUNK_BYTES:
+                yield chunk
+                chunk, size = [], 0
+    if chunk:
+        yield chunk
 
 
 _ASCII_SPACE = re.compile(rb"[ \t\n\v\f\r]")

@@ -9,6 +9,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+import torch
+
 TIMEOUT = 280  # seconds
 
 # A server that only imports and then forks: what one script does, no other sees.
@@ -34,7 +37,8 @@ def run(
         streams: files for standard input, output and error; the first must exist.
 
     Returns:
-        Its exit status.
+        Its exit status. All scripts share the seed of Python's hashes, which `PYTHONHASHSEED` in
+        a new interpreter changes.
 
     Raises:
         TimeoutError: if it takes longer than `TIMEOUT`.
@@ -43,13 +47,14 @@ def run(
         target=_main, args=(script, list(arguments), folder, dict(environment), streams)
     )
     process.start()
-    process.join(TIMEOUT)
-    if process.is_alive():
+    try:
+        process.join(TIMEOUT)
+        if process.exitcode is None:
+            raise TimeoutError(f"{script.name} {' '.join(arguments)}")
+        return process.exitcode
+    finally:  # also if the test is interrupted
         process.kill()
         process.join()
-        raise TimeoutError(f"{script.name} {' '.join(arguments)}")
-    assert process.exitcode is not None
-    return process.exitcode
 
 
 def _main(
@@ -67,7 +72,12 @@ def _main(
             os.dup2(file.fileno(), number)
     sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
-    sys.stderr = open(2, "w", encoding="utf-8", buffering=1, closefd=False)  # noqa: SIM115
+    sys.stderr = open(  # noqa: SIM115
+        2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False
+    )
+    np.random.seed()
+    torch.seed()
     sys.argv = [str(script), *arguments]
-    sys.path.insert(0, str(script.parent))
+    tests = Path(__file__).parent
+    sys.path[:] = [str(script.parent), *(path for path in sys.path if Path(path) != tests)]
     runpy.run_path(str(script), run_name="__main__")

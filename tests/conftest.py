@@ -127,13 +127,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = place / "trained"
     folder = place / "run"
     with FileLock(f"{place}.lock"):
-        if not place.exists():
+        if not (folder / "metrics.json").exists():
             _train(place, folder)
     return folder
 
 
 def _train(place: Path, folder: Path) -> None:
-    place.mkdir()
+    place.mkdir(exist_ok=True)
     with (place / "stdout").open("w") as stdout:
         subprocess.run(
             [

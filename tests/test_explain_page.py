@@ -156,8 +156,8 @@ def test_of_many_classes_the_most_probable_and_the_true_one_are_listed() -> None
 # ---- any text ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("truths", [[0], [0, 1, 1], [0, 2], [-1, 0]])
-def test_true_classes_are_one_for_each_text(classifier, truths: list[int]) -> None:
+@pytest.mark.parametrize("truths", [[0], [0, 1, 1], [0, 2], [-1, 0], [0.5, 1], [None, 1]])
+def test_true_classes_are_one_for_each_text(classifier, truths: list) -> None:
     explain_html(*classifier, [GOOD, BAD], truths=[1, 0])
     with pytest.raises(ValueError, match=r"truths must be 2 indices of classes, 0 to 1"):
         explain_html(*classifier, [GOOD, BAD], truths=truths)

@@ -155,8 +155,8 @@ def test_fused_products_are_rounded_once(
     added = F.linear(x.double(), weight.double()) + other.double()
     step = torch.finfo(torch.bfloat16).eps / 2
     for found, expected in (
-        (packed.linear_act(x, weight, bias, act), exact),
-        (packed.linear_add(x, weight, other), added),
+        (packed.linear_act(x, packed.prepacked(weight), bias, act), exact),
+        (packed.linear_add(x, packed.prepacked(weight), other), added),
     ):
         error = (found.double() - expected).abs()
         assert (error <= expected.abs() * step * 1.01 + 1e-5).all()

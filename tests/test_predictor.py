@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from transformers import AutoTokenizer
 from nin_text import Predictor, UserError, load
 from nin_text.demo_data import generate
 from nin_text.evaluation import predict_logits, softmax
+from nin_text.predictor import LONG_TEXT
 from nin_text.tokenization import encode
 from nin_text.word_table import CHUNK_BYTES
 
@@ -104,6 +106,51 @@ def test_parts_of_a_long_text_are_worked_on_at_once(name: str) -> None:
     np.testing.assert_allclose(predictor._answer([text], map)[0], answer, rtol=1e-6)
     together = predictor.logits([text, "Superb.", text])
     np.testing.assert_allclose(together[[0, 2]], np.stack([answer] * 2), rtol=1e-5)
+
+
+@pytest.mark.timeout(60)
+def test_jobs_of_jobs_do_not_wait_for_each_other(predictor: Predictor) -> None:
+    text = " ".join(REVIEWS * 13)
+    assert len(text) > LONG_TEXT
+    expected = predictor.logits([text])
+    for answer in predictor.map(lambda text: predictor.logits([text]), [text] * 4):
+        np.testing.assert_allclose(answer, expected, rtol=1e-5)
+
+
+FORK = """
+import os, sys
+from nin_text import Predictor
+predictor = Predictor("imdb-sentiment", device="cpu")
+predictor.threads = 2
+texts = ["A fine film. " * 2000] * 20
+predictor.logits(texts)
+child = os.fork()
+if not child:
+    predictor.logits(texts)
+    os._exit(7)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_a_forked_process_has_threads_of_its_own() -> None:
+    command = [sys.executable, "-c", FORK]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    out = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=True, timeout=60
+    )
+    assert out.stdout.split() == ["7"]
+
+
+def test_the_default_dtype_of_torch_does_not_matter() -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        predictor = Predictor("imdb-sentiment", precision="fp32", device="cpu")
+        alone, together = predictor.logits(["Superb."]), predictor.logits(["Superb.", "Dull."])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert alone.dtype == together.dtype == np.float32
+    np.testing.assert_allclose(together[:1], alone, atol=1e-5)
 
 
 def test_its_threads_leave_those_of_torch_alone() -> None:

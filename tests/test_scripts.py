@@ -191,7 +191,8 @@ def test_a_run_killed_in_the_middle_and_resumed_ends_with_the_same_weights(
     process.wait()
     assert not (folder / "model.safetensors").exists()
     folder = folder.rename(tmp_path / "moved")
-    resumed = script("train_text", *arguments, "--output-dir", "moved", "--resume")
+    resume = ("train_text", *arguments, "--output-dir", "moved", "--resume")
+    resumed = script(*resume, PYTHONHASHSEED="1")  # no other process had this
     assert "resuming from" in resumed.err
     assert resumed.result["test_accuracy"] == whole["test_accuracy"]
     expected = load_file(tmp_path / "whole" / "model.safetensors")

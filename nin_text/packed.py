@@ -332,20 +332,18 @@ class PackedClassifier:
         halo = self.encoder.halo
         tokens = window[halo : len(window) - halo] != self.encoder.no_token  # (n,)
         x = self.encoder(window).float()  # (n, C)
-        score = None if self.attention is None else torch.mv(x, self.attention)  # (n,)
-        inverse = self._inverse_deviation(x) if self.norm else None  # (n,)
-        if score is None:
+        inverse = self._inverse_deviation(x) if self.norm else 1.0  # (n,)
+        if self.attention is None:
             out[:, 0], weights = 0, tokens.float()  # (n,)
         else:
-            if inverse is not None:
-                score = score * inverse
+            score = torch.mv(x, self.attention) * inverse  # (n,)
             score = score.masked_fill(~tokens, torch.finfo(score.dtype).min)
             top = torch.segment_reduce(score, "max", offsets=offsets)  # (b,)
             out[:, 0] = top
             spread = torch.repeat_interleave(top, offsets.diff(), output_size=len(score))
             weights = (score - spread).exp() * tokens
-        scaled = weights if inverse is None else weights * inverse
         out[:, 1] = torch.segment_reduce(weights, "sum", offsets=offsets)
+        scaled = weights * inverse
         rows = torch.arange(len(x), device=x.device)
         out[:, 2:] = F.embedding_bag(rows, x, offsets[:-1], mode="sum", per_sample_weights=scaled)
 

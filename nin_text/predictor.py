@@ -131,7 +131,7 @@ class Predictor:
         texts = texts if isinstance(texts, Sequence) else list(texts)
         if len(texts) == 1:
             return self._answer(texts, self.map if len(texts[0]) > LONG_TEXT else map)
-        answers = self.map(partial(self._answer, map_fn=map), list(self.jobs(texts)))
+        answers = self.map(partial(self._answer, map_fn=map), self.jobs(texts))
         return np.concatenate([np.zeros((0, len(self.label_names)), np.float32), *answers])
 
     def fingerprint(self) -> str:

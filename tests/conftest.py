@@ -84,7 +84,7 @@ Script = Callable[..., Finished]
 def in_new_interpreter(
     command: Sequence[object], folder: Path, stdin: str | None = None, **environment: str
 ) -> Finished:
-    """Run a script, with its arguments, by an interpreter of its own."""
+    """Run an interpreter of its own with a script and its arguments, or other arguments."""
     process = subprocess.run(
         [sys.executable, *map(str, command)],
         cwd=folder,

@@ -61,7 +61,7 @@ def test_the_table_on_a_strangers_csv_is_right(script: Script, pets: Path, tmp_p
     result = script(
         "compare_text",
         *("--dataset", pets, "--models", "tfidf-svm", "nb-logreg", "--reference", "nb-logreg"),
-        *("--rounds", "1", "--curve", "200", "--threads", "1", "--output-dir", "out"),
+        *("--rounds", "1", "--curve", "200", "30", "--threads", "1", "--output-dir", "out"),
     ).result
     comparison = read(tmp_path / "out")
     data = load_text_dataset(str(pets))
@@ -77,7 +77,7 @@ def test_the_table_on_a_strangers_csv_is_right(script: Script, pets: Path, tmp_p
         assert sum(b["n"] for b in entry["by_length"]) == len(truth)
         assert entry["bytes_on_disk"] > 0
         assert entry["speed"]["1"]["documents_per_second"] > 0
-        assert [point["examples"] for point in entry["curve"]] == [200, 270]
+        assert [point["examples"] for point in entry["curve"]] == [30, 200, 270]
         assert not any((tmp_path / "out" / "systems" / entry["name"]).glob("curve-*/"))
     svm, reference = comparison["systems"]
     assert reference["versus_reference"] is None

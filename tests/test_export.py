@@ -14,7 +14,7 @@ import onnx
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, Finished, Script
+from conftest import ROOT, Finished, Script, in_new_interpreter
 from google.protobuf.message import DecodeError
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -160,11 +160,8 @@ def test_ngrams_that_were_saved_in_float8_lose_nothing_in_eight_bits(tmp_path: P
 def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Finished]:
     """What the script made of the trained model, and what it said."""
     place = tmp_path_factory.mktemp("exported")
-    command = [sys.executable, ROOT / "scripts" / "export_onnx.py", "--model", trained]
-    process = subprocess.run(
-        [*command, "--output-dir", "out"], cwd=place, capture_output=True, text=True, check=False
-    )
-    return place / "out", Finished(process.returncode, process.stdout, process.stderr)
+    command = [ROOT / "scripts" / "export_onnx.py", "--model", trained, "--output-dir", "out"]
+    return place / "out", in_new_interpreter(command, place)
 
 
 def test_a_run_becomes_a_folder_that_states_what_was_checked(
@@ -341,16 +338,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def classify(folder: Path, *arguments: str, stdin: str = "") -> Finished:
     """Run a copy of classify_onnx.py beside the folder, isolated from this package and torch."""
     program = shutil.copy(ROOT / "scripts" / "classify_onnx.py", folder.parent)
-    process = subprocess.run(
-        [sys.executable, "-I", "-c", WITHOUT, program, str(folder), *arguments],
-        input=stdin,
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        cwd=folder.parent,
-        check=False,
+    return in_new_interpreter(
+        ["-I", "-c", WITHOUT, program, folder, *arguments], folder.parent, stdin
     )
-    return Finished(process.returncode, process.stdout, process.stderr)
 
 
 def test_answers_without_torch_are_those_of_predict_text(

@@ -118,7 +118,7 @@ def test_jobs_of_jobs_do_not_wait_for_each_other(predictor: Predictor) -> None:
 
 
 FORK = """
-import os, sys
+import os
 from nin_text import Predictor
 predictor = Predictor("imdb-sentiment", device="cpu")
 predictor.threads = 2

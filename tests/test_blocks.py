@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -112,15 +114,39 @@ def test_rows_give_what_each_text_alone_gives(options: dict) -> None:
 
 @pytest.mark.parametrize("options", OPTIONS + EVEN)
 def test_rows_and_conv1d_give_equal_gradients(options: dict) -> None:
+    """Of weights and of the input, for texts laid end to end and for each by itself."""
+    torch.manual_seed(1)
     block = MLPConv(8, [12, 6, 8], **options)
-    x, mask = random_batch([7], 8)
-    gradients = []
-    for output in (block(x), block(x[0], mask[0][:, None])):
-        block.zero_grad()
-        output.square().sum().backward()
-        gradients.append([p.grad.clone() for p in block.parameters()])
-    for conv1d, rows in zip(*gradients, strict=True):
+    lengths = [4, 1, 0, 9, 2]
+    x, mask = random_batch(lengths, 8)
+    layout = Rows.from_attention_mask(mask, gap=6)
+
+    def gradients(output: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        given = x.clone().requires_grad_()
+        return list(torch.autograd.grad(output(given), [given, *block.parameters()]))
+
+    def of_rows(given: Tensor) -> Tensor:
+        return layout.unpack(block(to_rows(given, layout), layout.mask)).square().sum()
+
+    def of_each(given: Tensor) -> Tensor:
+        texts = [given[i : i + 1, :n] for i, n in enumerate(lengths) if n]
+        return sum((block(text).square().sum() for text in texts), torch.zeros(()))
+
+    for conv1d, rows in zip(gradients(of_each), gradients(of_rows), strict=True):
         assert torch.allclose(conv1d, rows, atol=1e-4)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("size", "dilation"), [(1, 1), (3, 1), (4, 2), (5, 3)])
+def test_the_gradient_of_a_convolution_over_rows_is_that_of_finite_differences(
+    size: int, dilation: int, masked: bool
+) -> None:
+    conv = nn.Conv1d(3, 2, size, padding="same", dilation=dilation, dtype=torch.float64)
+    x = torch.randn(11, 3, dtype=torch.float64, requires_grad=True)
+    mask = torch.arange(11)[:, None] != 4 if masked else None
+    assert torch.autograd.gradcheck(
+        lambda x, *_: convolve(conv, x, mask), (x, *conv.parameters()), fast_mode=False
+    )
 
 
 @pytest.mark.parametrize("options", OPTIONS + EVEN)

@@ -37,6 +37,7 @@ from nin_text.errors import UserError
 from nin_text.estimator_inputs import (
     as_labels,
     as_texts,
+    check_numbers,
     encode_labels,
     in_parameters,
     own_random_numbers,
@@ -51,8 +52,10 @@ from nin_text.options import (
     ESTIMATOR_FILE,
     PRECISIONS,
     PRESET_NAMES,
+    READY_MADE,
     TrainOptions,
     check,
+    saved_nin,
     trained_max_length,
     with_recipe,
 )
@@ -78,8 +81,11 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
 
     Args:
         model: preset ("nin-text-small", "nin-text-base", "nin-text-paper", "nin-text-large"). The
-            last is for a GPU, thousands of unlabelled texts and a learning rate of 4e-4.
-        tokenizer: "wordpiece", "bpe" or "word" to train one on the texts, or a folder.
+            last is for a GPU, thousands of unlabelled texts and a learning rate of 4e-4. Or a
+            ready-made model ("imdb-sentiment", "ag-news-topics") or the folder of a saved NiN:
+            its encoder and tokenizer are trained on, its labels and n-grams are left behind.
+        tokenizer: "wordpiece", "bpe" or "word" to train one on the texts, or a folder. A saved
+            model has its own.
         vocab_size: most tokens in a trained vocabulary; None for as many as there are training
             texts, but at least 500 and at most 30,000, which is also what `partial_fit` and words
             take.
@@ -212,7 +218,10 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
             else:
                 model, tokenizer = self._build(options, prepared, labels, classes)
             options = with_recipe(options, len(prepared))
-            best, passes = self._train(options, model, tokenizer, texts, labels, weight, more)
+            new_head = saved_nin(options.model) and not again
+            best, passes = self._train(
+                options, model, tokenizer, texts, labels, weight, more, new_head
+            )
         self._take(best, tokenizer, classes, passes)
         return self
 
@@ -253,6 +262,8 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
             if classes is None:
                 raise UserError("the first call of partial_fit needs classes, all that will come")
             classes = np.unique(np.asarray(classes))
+            if len(classes) < 2:
+                raise UserError("classes must hold two labels or more, all that will come")
         elif classes is not None and set(np.asarray(classes).tolist()) != set(
             self.classes_.tolist()
         ):
@@ -270,8 +281,8 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
         with self._session() as options:
             if not begun:
                 options.ngrams = options.pretrain_epochs = 0
-                # The first texts are not all that it will learn from.
-                options.vocab_size = options.vocab_size or RECIPES["default"]["vocab_size"]
+                if not saved_nin(options.model):  # the first texts are not all that will come
+                    options.vocab_size = options.vocab_size or RECIPES["default"]["vocab_size"]
                 built = self._build(options, texts, labels, classes)
                 self._take(*built, classes, passes=0)
             self._one_pass(with_recipe(options, len(texts)), texts, labels, weight)
@@ -279,21 +290,23 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
 
     def _options(self) -> TrainOptions:
         """The parameters as options of a training run, checked."""
-        if self.model not in PRESET_NAMES:
+        check_numbers(self.get_params(deep=False))
+        saved = saved_nin(self.model)
+        if not saved and self.model not in PRESET_NAMES:
             raise UserError(
-                f"model must be one of {', '.join(PRESET_NAMES)}, not {self.model!r}; a saved "
-                f"classifier is loaded with NiNTextClassifier.load"
+                f"model must be one of {', '.join((*PRESET_NAMES, *READY_MADE))} or the folder of "
+                f"a saved NiN text classifier, not {self.model!r}"
             )
+        if saved and (self.tokenizer, self.vocab_size) != ("wordpiece", None):
+            raise UserError(f"{self.model} has a tokenizer; leave out tokenizer and vocab_size")
         if self.precision not in PRECISIONS:
             raise UserError(f"precision must be one of {', '.join(PRECISIONS)}")
         if not 0 < self.validation_fraction < 1:
             raise UserError("validation_fraction must be between 0 and 1")
-        if self.n_jobs == 0:
-            raise UserError("n_jobs must be a number of threads, -1 for all cores, or None")
         options = TrainOptions(
             "",
-            model=self.model,
-            tokenizer=self.tokenizer,
+            model=str(self.model),
+            tokenizer=None if saved else self.tokenizer,
             vocab_size=self.vocab_size,  # type: ignore[arg-type]
             max_length=self.max_length,
             ngrams=self.ngrams,
@@ -341,7 +354,10 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
         weight = np.ones(len(y)) if given is None else np.asarray(given, dtype=np.float64)
         if weight.shape != (len(y),) or not np.isfinite(weight).all() or (weight < 0).any():
             raise UserError("sample_weight must hold one number for each text, none below zero")
-        return weight * compute_sample_weight(self.class_weight, y)
+        weight = weight * compute_sample_weight(self.class_weight, y)
+        if not np.isfinite(weight).all() or (weight < 0).any():
+            raise UserError("class_weight must hold numbers that are not below zero")
+        return weight
 
     def _build(
         self,
@@ -369,6 +385,7 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
         labels: np.ndarray,
         weight: np.ndarray | None,
         unlabelled: Sequence[str],
+        new_head: bool,
     ) -> tuple[NiNTextForSequenceClassification, int]:
         """The best model and the number of passes."""
         rows = encode(tokenizer, texts, self.max_length)
@@ -378,7 +395,7 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
         common = shared_arguments(options, device)
         with tempfile.TemporaryDirectory(prefix="nin-text-") as folder:
             learner = Learner(options, model, tokenizer, validation, Path(folder) / "run", common)
-            learner.best_pass = self.early_stopping
+            learner.best_pass, learner.new_head = self.early_stopping, new_head
             if unlabelled:
                 more = encode(tokenizer, unlabelled, self.max_length)
                 encoded = {
@@ -407,12 +424,15 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
         """Learn from the texts that are not held out, the `rest`, by their weights."""
         branch, passes = learner.nin.ngrams, learner.options.pretrain_epochs
         parts = None if weight is None else weight[rest]
+        held_out = None
         if branch is not None:
             ngrams.fit(branch, rows, labels[rest], sample_weight=parts)
             held_out = ngrams.held_out_logits(branch, rows, labels[rest], sample_weight=parts)
             learner.expected = stages.expected_scales(held_out, labels[rest], labels_alone=True)
             if passes:
                 learner.pretrain("pretraining", passes, rows, choose_targets(branch, rows))
+        if labels.ndim == 1:
+            learner.start_from_probe(rows, labels[rest], held_out, parts)
         targets = targets_of(labels, weight, learner.nin.classifier.out_features)[rest]
         train = EncodedTexts(rows, targets)
         return learner.train("training", learner.options.epochs, train)
@@ -505,6 +525,8 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
         """Leave a Hugging Face model folder that also holds parameters and labels, as JSON."""
         check_is_fitted(self, "model_")
         place = Path(folder)
+        if place.exists() and not place.is_dir():
+            raise UserError(f"{place} is a file; save the classifier to a folder")
         aside = place / ".saving"
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,10 @@ import torch
 from sklearn.utils.multiclass import type_of_target, unique_labels
 
 from nin_text.errors import UserError
+
+# Parameters of NiNTextClassifier.
+WHOLE = "vocab_size max_length ngrams pretrain_epochs epochs batch_size n_iter_no_change".split()
+SHARES = "learning_rate weight_decay dropout validation_fraction".split()
 
 
 def as_texts(X: Any) -> list[str]:  # noqa: N803
@@ -24,6 +29,8 @@ def as_texts(X: Any) -> list[str]:  # noqa: N803
     """
     if isinstance(X, (str, bytes)):
         raise UserError("X must be a list of texts, not a single text; put it into a list")
+    if isinstance(X, Mapping):  # a list of it would be of its keys
+        raise UserError(f"X must be a list of texts, not {type(X).__name__}")
     values = X.to_numpy() if hasattr(X, "to_numpy") else X
     shape = getattr(values, "shape", None)
     if shape is not None and len(shape) != 1:
@@ -106,6 +113,19 @@ def targets_of(labels: np.ndarray, weight: np.ndarray | None, classes: int) -> n
     return one_hot * (weight / weight.mean()).astype(np.float32)[:, None]
 
 
+def check_numbers(parameters: Mapping[str, Any]) -> None:
+    """Refuse what is no number, or no whole number, where one is wanted.
+
+    Raises:
+        UserError: naming the parameter.
+    """
+    for names, kind, what in ((WHOLE, Integral, "a whole number"), (SHARES, Real, "a number")):
+        for name in names:
+            value = parameters[name]
+            if value is not None and not isinstance(value, kind):
+                raise UserError(f"{name} must be {what}, not {value!r}")
+
+
 def in_parameters(message: str) -> str:
     """A sentence on options of the scripts as one on the parameters that are given instead."""
     names = {"patience": "n_iter_no_change"}
@@ -116,14 +136,22 @@ def in_parameters(message: str) -> str:
     )
 
 
-def plain(label: Any) -> Any:
-    """A label as a value of Python, for JSON."""
-    return label.item() if hasattr(label, "item") else label
+def plain(value: Any) -> Any:
+    """A label or parameter as a value that JSON knows."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value.item() if hasattr(value, "item") else value
 
 
 @contextmanager
 def threads(n_jobs: int | None) -> Iterator[None]:
-    """Compute with so many threads, and with as many as before afterwards."""
+    """Compute with so many threads, and with as many as before afterwards.
+
+    Raises:
+        UserError: if it is no number of threads.
+    """
+    if n_jobs is not None and (not isinstance(n_jobs, Integral) or n_jobs == 0):
+        raise UserError("n_jobs must be a number of threads, -1 for all cores, or None")
     before = torch.get_num_threads()
     if n_jobs is not None:
         torch.set_num_threads(n_jobs if n_jobs > 0 else max(1, (os.cpu_count() or 1) + 1 + n_jobs))

@@ -385,7 +385,7 @@ def export_onnx(options: ExportOptions) -> dict[str, Any]:
             float32, int8 = (predict(s, rows, about["pad_token_id"]) for s in sessions)
             figures = compare_int8(float32, int8, labels, about["multi_label"])
             about["int8"] = {"texts": len(rows), "source": source, "bound": INT8_BOUND, **figures}
-        complaint = _complaint(about.get("int8"), folder)
+        complaint = _complaint(about.get("int8"), folder, about["multi_label"])
         if complaint:
             (aside / INT8_FILE).unlink()
         _describe(aside, about)
@@ -502,18 +502,19 @@ def _checked_float32(found: dict[str, float]) -> dict[str, float]:
     return found | {"bound": FLOAT32_BOUND}
 
 
-def _complaint(figures: dict[str, Any] | None, folder: Path) -> str | None:
+def _complaint(figures: dict[str, Any] | None, folder: Path, multi_label: bool) -> str | None:
     """Why there is no int8 model, in one sentence; None if it may be written."""
     if figures is None:
         return None
     what = f"{figures['texts']:,} texts ({figures['source']})"
+    advice = "use model.onnx"
     if figures["checked"] == "accuracy":
         accuracies = f"{figures['accuracy_int8']:.4f}, float32 {figures['accuracy_float32']:.4f}"
         verdict = f"has accuracy {accuracies} on {what}"
-        advice = "use model.onnx"
     else:
         verdict = f"agrees with float32 in {100 * figures['agreement']:.2f} % of answers to {what}"
-        advice = "give labelled texts with --dataset to check its accuracy instead"
+        if not multi_label:  # no data set has labels for such a model
+            advice = "give labelled texts with --dataset to check its accuracy instead"
     logger.info("int8: %s", verdict)
     if figures["lost"] <= INT8_BOUND:
         return None

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from nin_text import ngrams, stages
 from nin_text.options import TrainOptions, is_nin, saved_nin
 from nin_text.pretraining import Targets, choose_targets
+from nin_text.probe import start_from_probe
 from nin_text.text import NiNTextForSequenceClassification
 from nin_text.training import EncodedTexts, TextTrainer, text_trainer
 from nin_text.transfer import Teacher
@@ -42,6 +43,7 @@ class Learner:
 
     Attributes:
         seconds: of each stage so far.
+        new_head: whether the encoder has been trained before, and the head has not.
         expected: factors on network and n-grams, for `stages.fuse`.
         answered: unlabelled texts to which the n-gram branch has been fitted, too.
         best_pass: see `text_trainer`.
@@ -54,6 +56,7 @@ class Learner:
     validation: EncodedTexts
     checkpoints: Path
     common: dict[str, Any]
+    new_head: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
     expected: tuple[float, float] = (1.0, 1.0)
     answered: stages.Answered | None = None
@@ -87,6 +90,29 @@ class Learner:
             self.nin, texts, targets, self.checkpoints / name, self.options, epochs, **self.common
         )
 
+    def start_from_probe(
+        self,
+        rows: Sequence[np.ndarray],
+        labels: np.ndarray,
+        held_out: np.ndarray | None,
+        sample_weight: np.ndarray | None = None,
+    ) -> None:
+        """Let the head of a saved encoder begin with what a few labels tell a linear probe.
+
+        A random one on vectors as long as those of a trained encoder is so wrong, and so sure, that
+        the few steps there are go into unlearning it. Many labels make up for that.
+
+        Args:
+            rows, labels, sample_weight: see `probe.start_from_probe`.
+            held_out: what `stages.fit_ngrams` returned; None without n-grams.
+        """
+        if not self.new_head or len(rows) > ngrams.FEW:
+            return
+        probed = start_from_probe(self.nin, rows, labels, sample_weight)
+        if probed is not None and held_out is not None:
+            network, branch = ngrams.best_scales([probed, held_out], labels)
+            self.expected = float(network), float(branch)
+
     @property
     def nin(self) -> NiNTextForSequenceClassification:
         """The model, which is a NiN."""
@@ -112,7 +138,7 @@ def learn(
     options = learner.options
     learner.checkpoints.mkdir(parents=True, exist_ok=True)
     labelled, unlabelled = encoded["train"], encoded.get("unsupervised")
-    opinions = None
+    opinions = held_out = None
     if options.teacher:
         opinions, learner.seconds["teacher"] = stages.ask_teachers(
             teachers,
@@ -136,6 +162,9 @@ def learn(
             rows = [*labelled.rows, *(unlabelled.rows if unlabelled else [])]
             targets = choose_targets(stages.branch_of(learner.nin), labelled.rows)
             learner.pretrain("pretraining", options.pretrain_epochs, rows, targets)
+    if learner.new_head:
+        learner.model.to(device)  # type: ignore[arg-type]
+        learner.start_from_probe(labelled.rows, labelled.labels, held_out)
     if opinions is not None:
         labelled, unlabelled = stages.taught(labelled, unlabelled, opinions), None
     if not options.self_training_epochs or not unlabelled:

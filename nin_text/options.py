@@ -181,10 +181,10 @@ class TrainOptions(CommonOptions, LearningOptions):
 
     model: str = option(
         f"NiN preset ({', '.join(PRESET_NAMES)}); network to compare it with, also trained from "
-        f"scratch ({', '.join(NETWORK_NAMES)}); the folder of a saved NiN, whose encoder and "
-        f"tokenizer are kept; or the hub id or folder of any other Hugging Face sequence "
-        f"classifier, which is then fine-tuned by the same trainer "
-        f"({', '.join(PACKAGED)} needs no hub)",
+        f"scratch ({', '.join(NETWORK_NAMES)}); a ready-made model ({', '.join(READY_MADE)}) or "
+        f"the folder of a saved NiN, whose encoder and tokenizer are kept; or the hub id or "
+        f"folder of any other Hugging Face sequence classifier, which is then fine-tuned by the "
+        f"same trainer ({', '.join(PACKAGED)} needs no hub)",
         "nin-text-base",
     )
     tokenizer: str = option(

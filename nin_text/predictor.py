@@ -16,7 +16,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
@@ -126,9 +126,13 @@ class Predictor:
 
     def logits(self, texts: Iterable[str]) -> np.ndarray:
         """(n, K) float32 logits, whose softmax `predict_proba` gives."""
-        if isinstance(texts, str):
-            raise TypeError("texts must be a list of strings, not one string")
+        if isinstance(texts, (str, Mapping)):
+            raise TypeError(f"texts must be a list of strings, not one {type(texts).__name__}")
         texts = texts if isinstance(texts, Sequence) else list(texts)
+        for i, text in enumerate(texts):
+            if not isinstance(text, str):
+                kind = type(text).__name__
+                raise TypeError(f"texts must be strings, but number {i} is of type {kind}")
         if len(texts) == 1:
             return self._answer(texts, self.map if len(texts[0]) > LONG_TEXT else map)
         answers = self.map(partial(self._answer, map_fn=map), self.jobs(texts))

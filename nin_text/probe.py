@@ -38,7 +38,10 @@ def vectors(encoder: NiNTextModel, rows: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def start_from_probe(
-    model: NiNTextForSequenceClassification, rows: Sequence[np.ndarray], labels: np.ndarray
+    model: NiNTextForSequenceClassification,
+    rows: Sequence[np.ndarray],
+    labels: np.ndarray,
+    sample_weight: np.ndarray | None = None,
 ) -> np.ndarray | None:
     """Set the head of a classifier to logistic regression on the output of its encoder.
 
@@ -46,6 +49,7 @@ def start_from_probe(
         model: its encoder has been pretrained; classes count by its class weights.
         rows: token ids of n texts.
         labels: (n,) class index of each text.
+        sample_weight: (n,) how often each text counts, instead of by class weights.
 
     Returns:
         (n, K) logits of each text by a head fitted to the other folds, see `ngrams.folds`; None if
@@ -53,7 +57,8 @@ def start_from_probe(
     """
     classes = model.classifier.out_features
     weights = model.config.class_weights
-    sample_weight = None if weights is None else np.asarray(weights)[labels]
+    if sample_weight is None and weights is not None:
+        sample_weight = np.asarray(weights)[labels]
     x = vectors(model.nin, rows)
     weight, bias = fit_linear(x, labels, classes, sample_weight)
     with torch.no_grad():

@@ -22,7 +22,7 @@ from nin_text.device import keep_freed_memory, pick_device
 from nin_text.errors import UserError
 from nin_text.explain_page import mistakes_html
 from nin_text.learning import TEACHER_FILE, Learner, few_labels, learn
-from nin_text.options import TrainOptions, check, is_nin, with_recipe
+from nin_text.options import TrainOptions, check, is_nin, saved_nin, with_recipe
 from nin_text.run_folder import CHECKPOINTS
 from nin_text.text import NiNTextForSequenceClassification
 from nin_text.tokenization import encode
@@ -113,6 +113,7 @@ def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dic
         encoded["validation"],
         folder / CHECKPOINTS,
         shared_arguments(options, device),
+        new_head=saved_nin(options.model),
     )
     texts_of = {split: dataset.splits[split].texts for split in encoded}
     with run_folder.saying_where(folder):

@@ -11,8 +11,10 @@ AutoModelForSequenceClassification. Letters in shapes: see `blocks.py`.
 import copy
 import logging
 import math
+import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -36,6 +38,7 @@ logger = logging.getLogger(__name__)
 # Arguments of `from_pretrained` that say where a model lies.
 PLACE = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 DTYPE = ("dtype", "torch_dtype")
+EMPTY_FORM = "[More Information Needed]"  # what transformers' model card says of everything
 
 
 @dataclass
@@ -88,6 +91,18 @@ class NiNTextPreTrainedModel(PreTrainedModel):
                 nn.init.zeros_(module.weight[module.padding_idx])
         else:
             he_initialization(module)
+
+    def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        """As for `push_to_hub`, but with the card of the folder that the model is from.
+
+        Where the repository has none yet, transformers would upload an empty form.
+        """
+        card = Path(working_dir) / "README.md"
+        if self.name_or_path and EMPTY_FORM in card.read_text(encoding="utf-8"):
+            own = Path(self.name_or_path) / "README.md"  # unless that is the name of a repository
+            if own.is_file():
+                shutil.copyfile(own, card)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
 
 class NiNTextModel(NiNTextPreTrainedModel):
@@ -161,7 +176,8 @@ class NiNTextModel(NiNTextPreTrainedModel):
         if layout is None:
             mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             layout = self.layout_of(mask)
-        ids = layout.pack(input_ids, fill=self.config.pad_token_id or 0)  # (N,)
+        # The hashes of n-grams need 64 bits, and embeddings take 32 without a word.
+        ids = layout.pack(input_ids.long(), fill=self.config.pad_token_id or 0)  # (N,)
         x = self.run_blocks(ids, layout.mask)  # (N / stride, C)
         scores = None
         # The pooled sum has one term for each token: bf16 would lose the small ones.

@@ -310,7 +310,17 @@ def test_labels_that_cannot_be_learned_are_refused(y, message: str) -> None:
     ("parameters", "message"),
     [
         ({"model": "bert-base-uncased"}, "model must be one of"),
+        ({"model": None}, "model must be one of"),
+        ({"model": "imdb-sentiment", "tokenizer": "word"}, "imdb-sentiment has a tokenizer"),
+        ({"model": "imdb-sentiment", "vocab_size": 900}, "leave out tokenizer and vocab_size"),
         ({"epochs": 0}, "^epochs must be at least 1"),
+        ({"epochs": 1.5}, "^epochs must be a whole number, not 1.5"),
+        ({"epochs": "3"}, "^epochs must be a whole number, not '3'"),
+        ({"learning_rate": "fast"}, "^learning_rate must be a number"),
+        ({"validation_fraction": "a"}, "^validation_fraction must be a number"),
+        ({"class_weight": {0: -1, 1: 1}}, "^class_weight must hold numbers"),
+        ({"class_weight": {0: float("nan"), 1: 1}}, "^class_weight must hold numbers"),
+        ({"n_jobs": "x"}, "n_jobs must be a number of threads"),
         ({"n_iter_no_change": 0}, "^n_iter_no_change must be at least 1"),
         ({"weight_decay": -1}, "^weight_decay must be between"),
         ({"validation_fraction": 1.5}, "validation_fraction"),
@@ -321,6 +331,50 @@ def test_labels_that_cannot_be_learned_are_refused(y, message: str) -> None:
 def test_parameters_that_cannot_be_are_refused(parameters: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         NiNTextClassifier(**parameters).fit(["a", "b"], [0, 1])
+
+
+PRAISE = "moving and witty", "a superb cast", "wonderfully acted", "I loved it", "a fine plot"
+BLAME = "dull and silly", "an awful cast", "terribly acted", "I hated it", "a poor plot"
+UNHEARD = "a masterpiece", "brilliant , funny , touching", "a waste of time", "boring and stupid"
+
+
+@pytest.mark.parametrize("as_path", [False, True])
+def test_it_goes_on_from_a_saved_encoder(as_path: bool, tmp_path: Path) -> None:
+    """What it learned of other words is kept: none of those asked about is among the labelled."""
+    name = "imdb-sentiment"
+    classifier = NiNTextClassifier(name, ngrams=0, epochs=2, random_state=0, n_jobs=1)
+    if as_path:
+        NiNTextClassifier.load(name).save(tmp_path / "saved")
+        classifier.set_params(model=tmp_path / "saved")
+    classifier = clone(classifier).fit([*PRAISE, *BLAME], ["good"] * 5 + ["bad"] * 5)
+    assert classifier.predict(UNHEARD).tolist() == ["good", "good", "bad", "bad"]
+    assert len(classifier.tokenizer_) == len(NiNTextClassifier.load(name).tokenizer_)
+    classifier.save(tmp_path / "again")
+    loaded = NiNTextClassifier.load(tmp_path / "again")
+    assert loaded.predict_proba(UNHEARD) == pytest.approx(classifier.predict_proba(UNHEARD))
+
+
+def test_partial_fit_and_several_labels_go_on_from_a_saved_encoder() -> None:
+    stream = NiNTextClassifier("imdb-sentiment", random_state=0, n_jobs=1)
+    for _ in range(3):
+        stream.partial_fit([*PRAISE, *BLAME], [1] * 5 + [0] * 5, classes=[0, 1])
+    assert stream.predict(UNHEARD).tolist() == [1, 1, 0, 0]
+    matrix = np.array([[1, 0]] * 5 + [[0, 1]] * 5)
+    many = NiNTextClassifier("imdb-sentiment", random_state=0, epochs=3, n_jobs=1)
+    assert many.fit([*PRAISE, *BLAME], matrix).predict_proba(UNHEARD).shape == (4, 2)
+
+
+def test_one_class_a_table_of_texts_and_a_file_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="two labels or more"):
+        NiNTextClassifier(**QUICK).partial_fit(["a", "b"], [1, 1], classes=[1])
+    loaded = NiNTextClassifier.load("imdb-sentiment")
+    with pytest.raises(ValueError, match="not dict"):
+        loaded.predict({"a": "b"})
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="is a file"):
+        loaded.save(tmp_path / "file")
+    with pytest.raises(ValueError, match="n_jobs"):
+        NiNTextVectorizer(n_jobs=0).fit(["a"]).transform(["a"])
 
 
 def test_what_is_not_fitted_says_so() -> None:

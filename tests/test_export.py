@@ -273,6 +273,13 @@ def test_what_int8_loses() -> None:
     assert each["agreement"] == 0.5
 
 
+def test_a_multi_label_model_is_not_sent_for_a_data_set(tmp_path: Path) -> None:
+    figures = {"checked": "agreement", "agreement": 0.9, "lost": 0.1, "texts": 9, "source": "x"}
+    assert "--dataset" in str(export._complaint(figures, tmp_path, multi_label=False))
+    several = str(export._complaint(figures, tmp_path, multi_label=True))
+    assert "--dataset" not in several and "use model.onnx" in several
+
+
 def test_int8_is_checked_on_the_texts_that_the_user_names(trained: Path, tmp_path: Path) -> None:
     path = tmp_path / "more.csv"
     pd.DataFrame({"text": TEXTS[:2] * 5, "label": ["positive", "negative"] * 5}).to_csv(path)

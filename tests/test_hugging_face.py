@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from huggingface_hub import ModelCard
+from huggingface_hub import CommitInfo, HfApi, ModelCard, RepoUrl
+from huggingface_hub.errors import EntryNotFoundError
 from test_text import STILL
 from transformers import (
     AutoConfig,
@@ -118,3 +119,29 @@ def test_what_goes_to_the_hub_is_complete_and_names_no_folder(trained: Path) -> 
     assert needed <= {path.name for path in trained.iterdir()}
     assert not list(trained.glob("*.bin")) + list(trained.glob("*.pt"))
     assert str(trained.parent) not in (trained / "README.md").read_text(encoding="utf-8")
+
+
+def test_push_to_hub_takes_the_card_along(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' own is an empty form, which must not go up in place of it."""
+    uploaded: dict[str, bytes] = {}
+
+    def commit(self: HfApi, repo_id: str, operations: list, **_: object) -> CommitInfo:
+        uploaded.update(
+            (operation.path_in_repo, Path(operation.path_or_fileobj).read_bytes())
+            for operation in operations
+        )
+        return CommitInfo("https://huggingface.co/me/model/commit/0", "", "", "0")
+
+    def no_card(*_: object, **__: object) -> None:
+        raise EntryNotFoundError("there is none yet")
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: RepoUrl("me/model"))
+    monkeypatch.setattr(HfApi, "create_commit", commit)
+    monkeypatch.setattr(ModelCard, "load", no_card)
+    model = AutoModelForSequenceClassification.from_pretrained(trained)
+    model.push_to_hub("me/model")
+    assert uploaded["README.md"] == (trained / "README.md").read_bytes()
+    assert {"config.json", "model.safetensors"} <= uploaded.keys()
+    model.name_or_path = ""  # made here: the form is all there is
+    model.push_to_hub("me/model")
+    assert b"More Information Needed" in uploaded["README.md"]

@@ -66,7 +66,10 @@ def test_no_texts(predictor: Predictor) -> None:
     assert predictor.predict([]) == []
     assert predictor.predict_proba([]).shape == (0, 2)
     assert predictor.predict(iter(["Superb."])) == ["positive"]
-    with pytest.raises(TypeError, match="one string"):
+    for wrong in ({"a": "b"}, ["a", None], [None], [3, "a"]):
+        with pytest.raises(TypeError, match="texts must be"):
+            predictor.predict(wrong)
+    with pytest.raises(TypeError, match="one str"):
         predictor.predict("Superb.")
 
 

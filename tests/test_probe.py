@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from sklearn.preprocessing import StandardScaler
 
 from nin_text import NiNTextConfig, NiNTextForSequenceClassification, ngrams, probe
 from nin_text.evaluation import predict_logits, softmax
+from nin_text.learning import Learner
 
 SIZE = 16
 
@@ -98,6 +101,26 @@ def test_class_weights_count() -> None:
         for weights in (None, [1.0, 10.0])
     )
     assert (balanced.argmax(axis=1) == 1).sum() > (plain.argmax(axis=1) == 1).sum()
+
+
+@pytest.mark.parametrize(("count", "new_head"), [(100, True), (100, False), (ngrams.FEW + 1, True)])
+def test_few_labels_make_the_head_of_a_saved_encoder(
+    count: int, new_head: bool, tmp_path: Path
+) -> None:
+    """Not one that is trained already, nor of many labels, which do as well without."""
+    rows, labels = texts(2, count)
+    model, expected = model_of(2), (1.0, 1.0)
+    before = model.classifier.weight.detach().clone()
+    learner = Learner(None, model, None, None, tmp_path, {}, new_head)
+    learner.start_from_probe(rows, labels, np.zeros((count, 2)))
+    if count == 100 and new_head:
+        x = probe.vectors(model.nin, rows)
+        weight, _ = probe.fit_linear(x, labels, 2)
+        np.testing.assert_allclose(model.classifier.weight.detach(), weight, atol=1e-4)
+        assert learner.expected != expected
+    else:
+        assert torch.equal(model.classifier.weight, before)
+        assert learner.expected == expected
 
 
 def test_of_more_texts_than_a_few_none_is_held_out() -> None:

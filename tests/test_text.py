@@ -197,6 +197,15 @@ def test_a_network_may_have_no_classes() -> None:
     assert model(**pad(random_texts([3, 5]))).logits.shape == (2, 0)
 
 
+def test_ids_of_32_bits_are_as_good_as_of_64() -> None:
+    """The hashes of n-grams overflow in 32 bits, and embeddings take either."""
+    model = NiNTextForSequenceClassification(make_config("n-grams")).eval()
+    torch.nn.init.normal_(model.ngrams.weight)
+    ids = torch.randint(1, VOCABULARY, (3, 20))
+    with torch.inference_mode():
+        assert torch.equal(model(ids.int()).logits, model(ids).logits)
+
+
 def test_the_padding_row_stays_zero_after_construction() -> None:
     assert not make_model("nin-text-small").nin.embeddings.weight[0].any()
 

@@ -306,7 +306,7 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
         options = TrainOptions(
             "",
             model=str(self.model),
-            tokenizer=None if saved else self.tokenizer,
+            tokenizer=None if saved else self.tokenizer,  # type: ignore[arg-type]
             vocab_size=self.vocab_size,  # type: ignore[arg-type]
             max_length=self.max_length,
             ngrams=self.ngrams,

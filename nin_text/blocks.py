@@ -108,12 +108,13 @@ def convolve(conv: nn.Conv1d | nn.Conv2d, x: Tensor, mask: Tensor | None = None)
     Args:
         conv: the weights and the geometry; the rows layout needs stride 1.
         x: (N, C) rows, (B, T, C) or (B, H, W, C).
-        mask: broadcastable to x, true where there is input; everywhere else the convolution
+        mask: broadcastable to x, true or 1 where there is input; everywhere else the convolution
             sees zeros. None for images and for rows that are zero already.
 
     Returns:
         The same layout with `conv.out_channels` channels; height and width (or T) are divided by
-        the stride and rounded up.
+        the stride and rounded up. Of rows on a CPU there are gradients of x and the weights, but
+        no gradients of these gradients.
     """
     if x.dim() > 2:
         x = x if mask is None else x * mask
@@ -122,7 +123,9 @@ def convolve(conv: nn.Conv1d | nn.Conv2d, x: Tensor, mask: Tensor | None = None)
     x = x.to(dtype) if torch.is_autocast_enabled(x.device.type) else x
     assert conv.bias is not None
     weight, bias = conv.weight.to(x.dtype), conv.bias.to(x.dtype)  # (C_out, C, taps), (C_out,)
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():  # measured there alone
+    wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if wanted and x.device.type == "cpu" and not recorded:
         return cast(Tensor, _RowConvolution.apply(x, mask, weight, bias, conv.dilation[0]))
     x = x if mask is None else x * mask
     before, after = _reach(weight, conv.dilation[0])
@@ -151,8 +154,7 @@ def _taps(x: Tensor, weight: Tensor, bias: Tensor, dilation: int) -> Tensor:
 class _RowConvolution(torch.autograd.Function):
     """`_taps` of rows times a mask, with a backward pass that costs what its products cost.
 
-    That of a slice, which autograd would take, fills a matrix with zeros for each tap. Gradients
-    of gradients there are none.
+    That of a slice, which autograd would take, fills a matrix with zeros for each tap.
     """
 
     @staticmethod

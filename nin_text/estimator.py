@@ -122,7 +122,7 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
 
     def __init__(
         self,
-        model: str = "nin-text-base",
+        model: str | os.PathLike[str] = "nin-text-base",
         *,
         tokenizer: str = "wordpiece",
         vocab_size: int | None = None,
@@ -245,7 +245,8 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
     ) -> Self:
         """One pass over some labelled texts, going on from the weights so far.
 
-        The first call makes the tokenizer from its texts and needs all `classes` that will come.
+        The first call makes the tokenizer from its texts, unless a saved model has one, and needs
+        all `classes` that will come.
         N-gram evidence is fitted to all texts at once and therefore left out, unless `fit` came
         before: then it stays as it is. The learning rate is constant. Weights count in proportion
         to each other within a call.
@@ -291,7 +292,7 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
     def _options(self) -> TrainOptions:
         """The parameters as options of a training run, checked."""
         check_numbers(self.get_params(deep=False))
-        saved = saved_nin(self.model)
+        saved = saved_nin(str(self.model))
         if not saved and self.model not in PRESET_NAMES:
             raise UserError(
                 f"model must be one of {', '.join((*PRESET_NAMES, *READY_MADE))} or the folder of "
@@ -394,8 +395,16 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
         device = pick_device(self.device)
         common = shared_arguments(options, device)
         with tempfile.TemporaryDirectory(prefix="nin-text-") as folder:
-            learner = Learner(options, model, tokenizer, validation, Path(folder) / "run", common)
-            learner.best_pass, learner.new_head = self.early_stopping, new_head
+            learner = Learner(
+                options,
+                model,
+                tokenizer,
+                validation,
+                Path(folder) / "run",
+                common,
+                new_head,
+                best_pass=self.early_stopping,
+            )
             if unlabelled:
                 more = encode(tokenizer, unlabelled, self.max_length)
                 encoded = {
@@ -404,7 +413,8 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
                 }
                 trainer = learn(learner, encoded, {}, [], device)
             else:
-                trainer = self._from_labels(learner, [rows[i] for i in rest], labels, weight, rest)
+                texts_left = [rows[i] for i in rest]
+                trainer = self._from_labels(learner, texts_left, labels, weight, rest, device)
             # The averaged copy: the Trainer leaves the model itself wrapped for bfloat16.
             best = trainer.best_model
             assert isinstance(best, NiNTextForSequenceClassification) and best is not model
@@ -420,6 +430,7 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
         labels: np.ndarray,
         weight: np.ndarray | None,
         rest: list[int],
+        device: torch.device,
     ) -> TextTrainer:
         """Learn from the texts that are not held out, the `rest`, by their weights."""
         branch, passes = learner.nin.ngrams, learner.options.pretrain_epochs
@@ -428,11 +439,14 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
         if branch is not None:
             ngrams.fit(branch, rows, labels[rest], sample_weight=parts)
             held_out = ngrams.held_out_logits(branch, rows, labels[rest], sample_weight=parts)
-            learner.expected = stages.expected_scales(held_out, labels[rest], labels_alone=True)
+            learner.expected = stages.expected_scales(
+                held_out, labels[rest], labels_alone=not saved_nin(learner.options.model)
+            )
             if passes:
                 learner.pretrain("pretraining", passes, rows, choose_targets(branch, rows))
         if labels.ndim == 1:
-            learner.start_from_probe(rows, labels[rest], held_out, parts)
+            counts = None if parts is None else parts / parts.mean()
+            learner.probe_head(rows, labels[rest], held_out, device, counts)
         targets = targets_of(labels, weight, learner.nin.classifier.out_features)[rest]
         train = EncodedTexts(rows, targets)
         return learner.train("training", learner.options.epochs, train)

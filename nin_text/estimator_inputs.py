@@ -19,6 +19,7 @@ from nin_text.errors import UserError
 # Parameters of NiNTextClassifier.
 WHOLE = "vocab_size max_length ngrams pretrain_epochs epochs batch_size n_iter_no_change".split()
 SHARES = "learning_rate weight_decay dropout validation_fraction".split()
+CHOSEN = "vocab_size pretrain_epochs batch_size dropout".split()  # if they are None
 
 
 def as_texts(X: Any) -> list[str]:  # noqa: N803
@@ -122,7 +123,9 @@ def check_numbers(parameters: Mapping[str, Any]) -> None:
     for names, kind, what in ((WHOLE, Integral, "a whole number"), (SHARES, Real, "a number")):
         for name in names:
             value = parameters[name]
-            if value is not None and not isinstance(value, kind):
+            if value is None and name in CHOSEN:
+                continue
+            if not isinstance(value, kind) or isinstance(value, bool):
                 raise UserError(f"{name} must be {what}, not {value!r}")
 
 
@@ -150,7 +153,8 @@ def threads(n_jobs: int | None) -> Iterator[None]:
     Raises:
         UserError: if it is no number of threads.
     """
-    if n_jobs is not None and (not isinstance(n_jobs, Integral) or n_jobs == 0):
+    whole = isinstance(n_jobs, Integral) and not isinstance(n_jobs, bool)
+    if n_jobs is not None and (not whole or n_jobs == 0):
         raise UserError("n_jobs must be a number of threads, -1 for all cores, or None")
     before = torch.get_num_threads()
     if n_jobs is not None:

@@ -43,7 +43,7 @@ class Learner:
 
     Attributes:
         seconds: of each stage so far.
-        new_head: whether the encoder has been trained before, and the head has not.
+        new_head: whether the encoder is a saved one, and the head that it was trained with gone.
         expected: factors on network and n-grams, for `stages.fuse`.
         answered: unlabelled texts to which the n-gram branch has been fitted, too.
         best_pass: see `text_trainer`.
@@ -90,11 +90,12 @@ class Learner:
             self.nin, texts, targets, self.checkpoints / name, self.options, epochs, **self.common
         )
 
-    def start_from_probe(
+    def probe_head(
         self,
         rows: Sequence[np.ndarray],
         labels: np.ndarray,
         held_out: np.ndarray | None,
+        device: torch.device,
         sample_weight: np.ndarray | None = None,
     ) -> None:
         """Let the head of a saved encoder begin with what a few labels tell a linear probe.
@@ -105,9 +106,11 @@ class Learner:
         Args:
             rows, labels, sample_weight: see `probe.start_from_probe`.
             held_out: what `stages.fit_ngrams` returned; None without n-grams.
+            device: where to compute.
         """
         if not self.new_head or len(rows) > ngrams.FEW:
             return
+        self.model.to(device)  # type: ignore[arg-type]
         probed = start_from_probe(self.nin, rows, labels, sample_weight)
         if probed is not None and held_out is not None:
             network, branch = ngrams.best_scales([probed, held_out], labels)
@@ -162,9 +165,7 @@ def learn(
             rows = [*labelled.rows, *(unlabelled.rows if unlabelled else [])]
             targets = choose_targets(stages.branch_of(learner.nin), labelled.rows)
             learner.pretrain("pretraining", options.pretrain_epochs, rows, targets)
-    if learner.new_head:
-        learner.model.to(device)  # type: ignore[arg-type]
-        learner.start_from_probe(labelled.rows, labelled.labels, held_out)
+    learner.probe_head(labelled.rows, labelled.labels, held_out, device)
     if opinions is not None:
         labelled, unlabelled = stages.taught(labelled, unlabelled, opinions), None
     if not options.self_training_epochs or not unlabelled:

@@ -517,7 +517,12 @@ def is_nin(model: str) -> bool:
 
 
 def saved_nin(folder: str) -> bool:
-    """Whether a folder holds a NiN for text, judging by its config.json."""
+    """Whether a folder holds a NiN for text, judging by its config.json.
+
+    The name of a preset means the preset, whatever folders there are.
+    """
+    if folder in PRESET_NAMES:
+        return False
     try:
         text = (Path(model_folder(folder)) / "config.json").read_text(encoding="utf-8")
         return bool(json.loads(text)["model_type"] == "nin_text")

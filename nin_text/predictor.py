@@ -126,7 +126,7 @@ class Predictor:
 
     def logits(self, texts: Iterable[str]) -> np.ndarray:
         """(n, K) float32 logits, whose softmax `predict_proba` gives."""
-        if isinstance(texts, (str, Mapping)):
+        if isinstance(texts, (str, Mapping)) or hasattr(texts, "columns"):  # those of a table
             raise TypeError(f"texts must be a list of strings, not one {type(texts).__name__}")
         texts = texts if isinstance(texts, Sequence) else list(texts)
         for i, text in enumerate(texts):

@@ -6,13 +6,12 @@ import logging
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
+from multiprocessing.context import SpawnProcess
 from typing import Any
 
 from nin_text import cli
@@ -22,15 +21,13 @@ from nin_text.options import CommonOptions
 logger = logging.getLogger(__name__)
 
 JOIN_SECONDS = 10
-# What takes a new interpreter seconds to import.
-PRELOADED = ["nin_text.systems", "nin_text.runs"]
 
 
 @dataclass
 class Child:
     """A running process, and the connection to it."""
 
-    process: BaseProcess
+    process: SpawnProcess
     connection: Connection
 
     def send(self, value: Any) -> None:
@@ -94,17 +91,10 @@ def call(work: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def start(work: Callable[..., Any], *arguments: Any) -> Child:
-    """Start `work(*arguments, connection)` in another process; `Child.receive` has its result.
-
-    On Linux it is forked from a process that does nothing but import, elsewhere it is a new
-    interpreter. It has the environment of this moment; torch's threads have to be set.
-    """
-    context: Any = multiprocessing.get_context("spawn")
-    if sys.platform == "linux":  # what macOS loads does not survive a fork
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
+    """Start `work(*arguments, connection)` in another process; `Child.receive` has its result."""
+    context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    process = context.Process(target=_run, args=(work, there, dict(os.environ), *arguments))
+    process = context.Process(target=_run, args=(work, there, *arguments))
     # Ctrl-C reaches the children as well. They ignore it from their first moment: it is this
     # process that ends them.
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -118,11 +108,8 @@ def start(work: Callable[..., Any], *arguments: Any) -> Child:
     return Child(process, here)
 
 
-def _run(
-    work: Callable[..., Any], connection: Connection, environment: dict[str, str], *arguments: Any
-) -> None:
+def _run(work: Callable[..., Any], connection: Connection, *arguments: Any) -> None:
     """What the process does."""
-    os.environ.update(environment)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     options = next(value for value in arguments if isinstance(value, CommonOptions))
     cli.set_up_logging(quiet=options.quiet, verbose=options.verbose)

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 # Arguments of `from_pretrained` that say where a model lies.
 PLACE = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 DTYPE = ("dtype", "torch_dtype")
-EMPTY_FORM = "[More Information Needed]"  # what transformers' model card says of everything
+EMPTY_FORM = "This model card has been automatically generated"  # by transformers, it says
 
 
 @dataclass
@@ -98,10 +98,10 @@ class NiNTextPreTrainedModel(PreTrainedModel):
         Where the repository has none yet, transformers would upload an empty form.
         """
         card = Path(working_dir) / "README.md"
-        if self.name_or_path and EMPTY_FORM in card.read_text(encoding="utf-8"):
-            own = Path(self.name_or_path) / "README.md"  # unless that is the name of a repository
-            if own.is_file():
-                shutil.copyfile(own, card)
+        own = Path(self.name_or_path or "") / "README.md"  # where the name is a folder
+        both = bool(self.name_or_path) and own.is_file() and card.is_file()
+        if both and not own.samefile(card) and EMPTY_FORM in card.read_text(encoding="utf-8"):
+            shutil.copyfile(own, card)
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
 
@@ -235,7 +235,7 @@ class EncodedRows:
 
     Attributes:
         ids: (N,) token ids.
-        rows: (N / stride, C) float32.
+        rows: (N / stride, C) float32, arbitrary values where there is no token.
         layout: where the tokens lie.
         weights: (B, T), the weight of each token in `pooled`.
         pooled: (B, C) float32.

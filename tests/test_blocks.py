@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 
 import pytest
@@ -134,6 +135,14 @@ def test_rows_and_conv1d_give_equal_gradients(options: dict) -> None:
 
     for conv1d, rows in zip(gradients(of_each), gradients(of_rows), strict=True):
         assert torch.allclose(conv1d, rows, atol=1e-4)
+
+
+def test_rows_can_be_traced_and_saved() -> None:
+    block = MLPConv(8, [12, 6, 8])
+    x, mask = torch.randn(9, 8), torch.ones(9, 1)
+    traced = torch.jit.trace(block, (x, mask))
+    torch.jit.save(traced, io.BytesIO())
+    assert torch.allclose(traced(x, mask), block(x, mask), atol=1e-6)
 
 
 @pytest.mark.parametrize("masked", [False, True])

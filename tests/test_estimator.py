@@ -315,6 +315,8 @@ def test_labels_that_cannot_be_learned_are_refused(y, message: str) -> None:
         ({"model": "imdb-sentiment", "vocab_size": 900}, "leave out tokenizer and vocab_size"),
         ({"epochs": 0}, "^epochs must be at least 1"),
         ({"epochs": 1.5}, "^epochs must be a whole number, not 1.5"),
+        ({"epochs": None}, "^epochs must be a whole number, not None"),
+        ({"epochs": True}, "^epochs must be a whole number, not True"),
         ({"epochs": "3"}, "^epochs must be a whole number, not '3'"),
         ({"learning_rate": "fast"}, "^learning_rate must be a number"),
         ({"validation_fraction": "a"}, "^validation_fraction must be a number"),
@@ -342,13 +344,16 @@ UNHEARD = "a masterpiece", "brilliant , funny , touching", "a waste of time", "b
 def test_it_goes_on_from_a_saved_encoder(as_path: bool, tmp_path: Path) -> None:
     """What it learned of other words is kept: none of those asked about is among the labelled."""
     name = "imdb-sentiment"
-    classifier = NiNTextClassifier(name, ngrams=0, epochs=2, random_state=0, n_jobs=1)
+    classifier = NiNTextClassifier(name, epochs=2, random_state=0, n_jobs=1, warm_start=True)
     if as_path:
         NiNTextClassifier.load(name).save(tmp_path / "saved")
         classifier.set_params(model=tmp_path / "saved")
     classifier = clone(classifier).fit([*PRAISE, *BLAME], ["good"] * 5 + ["bad"] * 5)
     assert classifier.predict(UNHEARD).tolist() == ["good", "good", "bad", "bad"]
     assert len(classifier.tokenizer_) == len(NiNTextClassifier.load(name).tokenizer_)
+    sure = classifier.predict_proba(UNHEARD).max(axis=1)
+    classifier.fit([*PRAISE, *BLAME], ["good"] * 5 + ["bad"] * 5)  # again, from its own weights
+    assert classifier.predict_proba(UNHEARD).max(axis=1) == pytest.approx(sure, abs=0.25)
     classifier.save(tmp_path / "again")
     loaded = NiNTextClassifier.load(tmp_path / "again")
     assert loaded.predict_proba(UNHEARD) == pytest.approx(classifier.predict_proba(UNHEARD))

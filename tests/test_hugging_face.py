@@ -145,3 +145,7 @@ def test_push_to_hub_takes_the_card_along(trained: Path, monkeypatch: pytest.Mon
     model.name_or_path = ""  # made here: the form is all there is
     model.push_to_hub("me/model")
     assert b"More Information Needed" in uploaded["README.md"]
+    theirs = "# By hand\n\n## Citation\n\n[More Information Needed]\n"
+    monkeypatch.setattr(ModelCard, "load", lambda *_, **__: ModelCard(theirs))
+    AutoModelForSequenceClassification.from_pretrained(trained).push_to_hub("me/model")
+    assert b"# By hand" in uploaded["README.md"]

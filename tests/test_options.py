@@ -21,6 +21,7 @@ from nin_text.options import (
     PredictOptions,
     TrainOptions,
     check,
+    saved_nin,
     with_recipe,
 )
 from nin_text.recipes import RECIPES
@@ -61,6 +62,15 @@ def test_the_recipe_fills_in_what_was_left_open_and_nothing_else() -> None:
 def test_without_ngrams_there_is_nothing_to_pretrain_on(dataset: str) -> None:
     assert with_recipe(parse("--dataset", dataset), 1000).pretrain_epochs > 0
     assert with_recipe(parse("--dataset", dataset, "--ngrams", "0"), 1000).pretrain_epochs == 0
+
+
+def test_the_name_of_a_preset_is_not_that_of_a_folder(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nin-text-base").symlink_to(trained)
+    assert saved_nin("./nin-text-base")
+    assert not saved_nin("nin-text-base")
 
 
 def test_unlabelled_texts_are_read_for_presets_alone() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -66,7 +67,8 @@ def test_no_texts(predictor: Predictor) -> None:
     assert predictor.predict([]) == []
     assert predictor.predict_proba([]).shape == (0, 2)
     assert predictor.predict(iter(["Superb."])) == ["positive"]
-    for wrong in ({"a": "b"}, ["a", None], [None], [3, "a"]):
+    table = pd.DataFrame({"good": ["a"], "bad": ["b"]})
+    for wrong in ({"a": "b"}, ["a", None], [None], [3, "a"], table):
         with pytest.raises(TypeError, match="texts must be"):
             predictor.predict(wrong)
     with pytest.raises(TypeError, match="one str"):

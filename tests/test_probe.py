@@ -112,7 +112,7 @@ def test_few_labels_make_the_head_of_a_saved_encoder(
     model, expected = model_of(2), (1.0, 1.0)
     before = model.classifier.weight.detach().clone()
     learner = Learner(None, model, None, None, tmp_path, {}, new_head)
-    learner.start_from_probe(rows, labels, np.zeros((count, 2)))
+    learner.probe_head(rows, labels, np.zeros((count, 2)), torch.device("cpu"))
     if count == 100 and new_head:
         x = probe.vectors(model.nin, rows)
         weight, _ = probe.fit_linear(x, labels, 2)

@@ -77,7 +77,7 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
     """A Network in Network for texts, with n-gram evidence, as a scikit-learn classifier.
 
     Labels may be strings, integers or booleans; an indicator matrix (n, K) of zeros and ones makes
-    it a multi-label classifier, which has no n-gram evidence and takes no weights.
+    it a multi-label classifier, which has no n-gram evidence.
 
     Args:
         model: preset ("nin-text-small", "nin-text-base", "nin-text-paper", "nin-text-large"). The
@@ -98,7 +98,8 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
         weight_decay: of AdamW.
         batch_size: most texts in a batch; chosen by the number of texts if None.
         dropout: hidden and embedding dropout; the preset's if None.
-        class_weight: None, "balanced" or a dict from label to weight.
+        class_weight: None, "balanced" or a dict from label to weight. With several labels a text,
+            "balanced" lets yes and no count the same for each of them; there is no dict then.
         early_stopping: stop when the texts held out are no longer judged better and keep the best
             pass. Without it, every pass is made and the last one kept. (With few labels
             and many unlabelled texts there is nothing to stop: see `learning.py`.)
@@ -197,7 +198,7 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
         if more and (weight is not None or labels.ndim == 2):
             raise UserError("unlabelled texts cannot go with weights or with several labels a text")
         texts, labels, weight = with_weight(texts, labels, weight)
-        if weight is not None and len(np.unique(labels)) < 2:
+        if weight is not None and labels.ndim == 1 and len(np.unique(labels)) < 2:
             raise UserError("only one class has texts whose weight is not zero")
         with self._session() as options:
             again = (
@@ -346,16 +347,18 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
 
     def _weights(self, y: np.ndarray, labels: np.ndarray, given: Any) -> np.ndarray | None:
         """(n,) weight of each text, class weights included; None if all are alike."""
+        by_class = self.class_weight
         if labels.ndim == 2:
-            if given is not None or self.class_weight is not None:
-                raise UserError("multi-label classifiers take no sample_weight and class_weight")
-            return None
-        if given is None and self.class_weight is None:
+            if by_class not in (None, "balanced"):
+                raise UserError("class_weight of a multi-label classifier is 'balanced' or None")
+            by_class = None  # yes and no are balanced for each class by itself, see `targets_of`
+        if given is None and by_class is None:
             return None
         weight = np.ones(len(y)) if given is None else np.asarray(given, dtype=np.float64)
         if weight.shape != (len(y),) or not np.isfinite(weight).all() or (weight < 0).any():
             raise UserError("sample_weight must hold one number for each text, none below zero")
-        weight = weight * compute_sample_weight(self.class_weight, y)
+        if by_class is not None:
+            weight = weight * compute_sample_weight(by_class, y)
         if not np.isfinite(weight).all() or (weight < 0).any():
             raise UserError("class_weight must hold numbers that are not below zero")
         return weight
@@ -447,7 +450,12 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
         if labels.ndim == 1:
             counts = None if parts is None else parts / parts.mean()
             learner.probe_head(rows, labels[rest], held_out, device, counts)
-        targets = targets_of(labels, weight, learner.nin.classifier.out_features)[rest]
+        targets = targets_of(
+            labels,
+            weight,
+            learner.nin.classifier.out_features,
+            balanced=self.class_weight == "balanced",
+        )[rest]
         train = EncodedTexts(rows, targets)
         return learner.train("training", learner.options.epochs, train)
 
@@ -472,7 +480,9 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
     ) -> None:
         model = self._on_device()
         rows = encode(self.tokenizer_, texts, self.max_length)
-        targets = torch.from_numpy(targets_of(labels, weight, len(self.classes_)))
+        balanced = self.class_weight == "balanced"
+        sides = targets_of(labels, weight, len(self.classes_), balanced=balanced)
+        targets = torch.from_numpy(sides)
         if self._optimizer is None:
             self._optimizer = torch.optim.AdamW(
                 model.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay

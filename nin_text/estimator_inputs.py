@@ -102,12 +102,29 @@ def with_weight(
     return [texts[i] for i in kept], labels[kept], weight[kept]
 
 
-def targets_of(labels: np.ndarray, weight: np.ndarray | None, classes: int) -> np.ndarray:
+def targets_of(
+    labels: np.ndarray, weight: np.ndarray | None, classes: int, *, balanced: bool = False
+) -> np.ndarray:
     """What the loss is computed from: labels, or one-hot rows times the weights.
 
     The cross-entropy is linear in the target, so that a weight of 2 does what the same text
-    twice does. Only the proportions of the weights matter.
+    twice does. Only the proportions of the weights matter. For several labels a text there are
+    two rows, of the classes that it is of, and of those that it is not of: (n, 2, K).
+
+    Args:
+        labels: (n,) class indices, or (n, K) zeros and ones.
+        weight: (n,) how often each text counts; None if all are alike.
+        classes: K.
+        balanced: of several labels a text, let yes and no count the same for every class.
     """
+    if labels.ndim == 2 and (balanced or weight is not None):
+        sides = np.stack([labels, 1 - labels], axis=1)  # (n, 2, K)
+        if weight is not None:
+            sides *= (weight / weight.mean())[:, None, None]
+        if balanced:
+            totals = sides.sum(axis=0)  # (2, K)
+            sides *= totals.sum(axis=0) / (2 * np.where(totals > 0, totals, 1))
+        return sides.astype(np.float32)
     if weight is None:
         return labels
     one_hot = np.eye(classes, dtype=np.float32)[labels]  # (n, K)

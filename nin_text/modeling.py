@@ -48,7 +48,8 @@ def classification_loss(
 
     Args:
         logits: (B, K).
-        labels: (B,) integers; (B, K) probabilities; or (B, K) zeros and ones if multi-label.
+        labels: (B,) integers; (B, K) probabilities; or, if multi-label, (B, K) zeros and ones, or
+            (B, 2, K) how much speaks for each class, and how much against it.
         config: gives `problem_type`, `class_weights` and `label_smoothing`.
         num_items_in_batch: number of label values to divide by; this batch's if None.
 
@@ -64,7 +65,13 @@ def classification_loss(
     items: Tensor | float = labels.numel() if num_items_in_batch is None else num_items_in_batch
     weight = None if config.class_weights is None else logits.new_tensor(config.class_weights)
     if config.problem_type == MULTI_LABEL:
-        loss = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none")
+        yes = labels.to(logits.dtype)
+        if labels.dim() == 3:
+            yes, no = yes.unbind(dim=1)  # (B, K) each
+            loss = -(yes * F.logsigmoid(logits) + no * F.logsigmoid(-logits))
+            items = items / 2
+        else:
+            loss = F.binary_cross_entropy_with_logits(logits, yes, reduction="none")
         loss = (loss if weight is None else loss * weight).sum()
     else:
         loss = F.cross_entropy(

@@ -139,8 +139,28 @@ def test_several_labels_for_a_text(tmp_path: Path) -> None:
     classifier.save(tmp_path / "saved")
     loaded = NiNTextClassifier.load(tmp_path / "saved")
     assert loaded.predict_proba(texts) == pytest.approx(probabilities, abs=1e-6)
-    with pytest.raises(UserError, match="no sample_weight"):
-        classifier.fit(texts, y, sample_weight=np.ones(300))
+    with pytest.raises(UserError, match="is 'balanced' or None"):
+        classifier.set_params(class_weight={0: 2.0}).fit(texts, y)
+
+
+def test_weights_of_texts_with_several_labels() -> None:
+    """The same text says yes and no of both classes: weights decide which counts."""
+    texts, y = ["a thing"] * 40, np.array([[1, 0]] * 10 + [[0, 1]] * 30)
+    settings = QUICK | {"epochs": 20, "early_stopping": False, "dropout": 0.0}
+
+    def probabilities(weight: np.ndarray | None, **changes: str) -> np.ndarray:
+        classifier = NiNTextClassifier(**settings, **changes).fit(texts, y, sample_weight=weight)
+        return classifier.predict_proba(["a thing"])[0]
+
+    first = np.where(y[:, 0] == 1, 9.0, 1.0)  # 90 to 30
+    assert probabilities(None) == pytest.approx([0.25, 0.75], abs=0.1)
+    assert probabilities(first) == pytest.approx([0.75, 0.25], abs=0.1)
+    assert probabilities(None, class_weight="balanced") == pytest.approx([0.5, 0.5], abs=0.1)
+    assert probabilities(np.ones(40)) == pytest.approx(probabilities(None), abs=0.01)
+    stream = NiNTextClassifier(**settings)
+    for _ in range(20):
+        stream.partial_fit(texts, y, classes=[0, 1], sample_weight=first)
+    assert stream.predict(["a thing"]).tolist() == [[1, 0]]
 
 
 def test_partial_fit_learns_from_one_portion_after_the_other(data) -> None:

@@ -197,6 +197,19 @@ def test_a_network_may_have_no_classes() -> None:
     assert model(**pad(random_texts([3, 5]))).logits.shape == (2, 0)
 
 
+def test_a_loss_of_what_speaks_for_and_against_each_class() -> None:
+    """Once each it is that of zeros and ones; it adds up, as of so many texts."""
+    config = make_config("n-grams", problem_type="multi_label_classification", num_labels=3)
+    logits, labels = torch.randn(4, 3), torch.randint(0, 2, (4, 3)).float()
+    sides = torch.stack([labels, 1 - labels], dim=1)  # (B, 2, K)
+    plain = classification_loss(logits, labels, config)
+    assert torch.allclose(classification_loss(logits, sides, config), plain)
+    weights = torch.tensor([2.0, 1, 1, 0])
+    twice = torch.tensor([0, 0, 1, 2])  # the texts that these stand for
+    weighed = classification_loss(logits, sides * weights[:, None, None], config)
+    assert torch.allclose(weighed, classification_loss(logits[twice], labels[twice], config))
+
+
 def test_ids_of_32_bits_are_as_good_as_of_64() -> None:
     """The hashes of n-grams overflow in 32 bits, and embeddings take either."""
     model = NiNTextForSequenceClassification(make_config("n-grams")).eval()

@@ -39,6 +39,7 @@ from nin_text.estimator_inputs import (
     as_texts,
     check_numbers,
     encode_labels,
+    hold_out,
     in_parameters,
     own_random_numbers,
     plain,
@@ -62,7 +63,6 @@ from nin_text.options import (
 from nin_text.pretraining import choose_targets
 from nin_text.recipes import RECIPES
 from nin_text.report import move_files, write_json
-from nin_text.splits import stratified
 from nin_text.text import NiNTextForSequenceClassification
 from nin_text.tokenization import encode
 from nin_text.training import (
@@ -393,7 +393,7 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
     ) -> tuple[NiNTextForSequenceClassification, int]:
         """The best model and the number of passes."""
         rows = encode(tokenizer, texts, self.max_length)
-        held, rest = self._held_out(labels)
+        held, rest = hold_out(labels, self.validation_fraction)
         validation = EncodedTexts([rows[i] for i in held], labels[held])
         device = pick_device(self.device)
         common = shared_arguments(options, device)
@@ -416,8 +416,8 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
                 }
                 trainer = learn(learner, encoded, {}, [], device)
             else:
-                texts_left = [rows[i] for i in rest]
-                trainer = self._from_labels(learner, texts_left, labels, weight, rest, device)
+                others = [rows[i] for i in rest]
+                trainer = self._from_labels(learner, others, labels, weight, rest, device)
             # The averaged copy: the Trainer leaves the model itself wrapped for bfloat16.
             best = trainer.best_model
             assert isinstance(best, NiNTextForSequenceClassification) and best is not model
@@ -450,26 +450,12 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
         if labels.ndim == 1:
             counts = None if parts is None else parts / parts.mean()
             learner.probe_head(rows, labels[rest], held_out, device, counts)
-        targets = targets_of(
-            labels,
-            weight,
-            learner.nin.classifier.out_features,
-            balanced=self.class_weight == "balanced",
-        )[rest]
+        targets = self._targets(labels, weight, learner.nin.classifier.out_features)[rest]
         train = EncodedTexts(rows, targets)
         return learner.train("training", learner.options.epochs, train)
 
-    def _held_out(self, labels: np.ndarray) -> tuple[list[int], list[int]]:
-        """Indices of the texts to judge by, and of those to learn from."""
-        size = round(len(labels) * self.validation_fraction)
-        if labels.ndim == 2:
-            order = np.random.default_rng(0).permutation(len(labels)).tolist()
-            held, rest = order[:size], order[size:]
-        else:
-            held, rest = stratified(labels.tolist(), size)
-        everything = list(range(len(labels)))
-        # Of a handful of texts none can be spared.
-        return (held, rest) if held and rest else (everything, everything)
+    def _targets(self, labels: np.ndarray, weight: np.ndarray | None, classes: int) -> np.ndarray:
+        return targets_of(labels, weight, classes, balanced=self.class_weight == "balanced")
 
     def _one_pass(
         self,
@@ -480,9 +466,7 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
     ) -> None:
         model = self._on_device()
         rows = encode(self.tokenizer_, texts, self.max_length)
-        balanced = self.class_weight == "balanced"
-        sides = targets_of(labels, weight, len(self.classes_), balanced=balanced)
-        targets = torch.from_numpy(sides)
+        targets = torch.from_numpy(self._targets(labels, weight, len(self.classes_)))
         if self._optimizer is None:
             self._optimizer = torch.optim.AdamW(
                 model.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay
@@ -604,7 +588,7 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
             raise UserError(f"{path} is of another model; save the classifier again")
         order = np.argsort(estimator.classes_)
         estimator.classes_ = estimator.classes_[order]
-        _reorder_classes(model, order.tolist())
+        models.reorder_classes(model, order.tolist())
         estimator.model_, estimator.tokenizer_, estimator._optimizer = model, tokenizer, None
         return estimator
 
@@ -614,19 +598,3 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
         tags.classifier_tags.multi_label = True
         tags.non_deterministic = self.random_state is None
         return tags
-
-
-@torch.no_grad()
-def _reorder_classes(model: NiNTextForSequenceClassification, order: list[int]) -> None:
-    """Put the classes of a model into another order: `order[i]` is the one that becomes i."""
-    layer, table, config = model.classifier, model.ngrams, model.config
-    layer.weight.copy_(layer.weight[order].clone())
-    layer.bias.copy_(layer.bias[order].clone())
-    if table is not None:
-        table.weight.copy_(table.weight[:, order].clone())
-        table.bias.copy_(table.bias[order].clone())
-    if config.class_weights is not None:
-        config.class_weights = [config.class_weights[i] for i in order]
-    names = models.label_names(model)
-    config.id2label = {i: names[old] for i, old in enumerate(order)}
-    config.label2id = {names[old]: i for i, old in enumerate(order)}

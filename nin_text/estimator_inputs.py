@@ -15,6 +15,7 @@ import torch
 from sklearn.utils.multiclass import type_of_target, unique_labels
 
 from nin_text.errors import UserError
+from nin_text.splits import stratified
 
 # Parameters of NiNTextClassifier.
 WHOLE = "vocab_size max_length ngrams pretrain_epochs epochs batch_size n_iter_no_change".split()
@@ -100,6 +101,19 @@ def with_weight(
         return texts, labels, weight
     kept = np.flatnonzero(weight)
     return [texts[i] for i in kept], labels[kept], weight[kept]
+
+
+def hold_out(labels: np.ndarray, fraction: float) -> tuple[list[int], list[int]]:
+    """Indices of the texts to judge by, and of those to learn from."""
+    size = round(len(labels) * fraction)
+    if labels.ndim == 2:
+        order = np.random.default_rng(0).permutation(len(labels)).tolist()
+        held, rest = order[:size], order[size:]
+    else:
+        held, rest = stratified(labels.tolist(), size)
+    everything = list(range(len(labels)))
+    # Of a handful of texts none can be spared.
+    return (held, rest) if held and rest else (everything, everything)
 
 
 def targets_of(

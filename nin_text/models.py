@@ -330,3 +330,19 @@ def load_encoder(
 def label_names(model: PreTrainedModel) -> list[str]:
     """Class names by index."""
     return [str(name) for _, name in sorted(dict(model.config.id2label or {}).items())]
+
+
+@torch.no_grad()
+def reorder_classes(model: NiNTextForSequenceClassification, order: list[int]) -> None:
+    """Put the classes of a model into another order: `order[i]` is the one that becomes i."""
+    layer, table, config = model.classifier, model.ngrams, model.config
+    layer.weight.copy_(layer.weight[order].clone())
+    layer.bias.copy_(layer.bias[order].clone())
+    if table is not None:
+        table.weight.copy_(table.weight[:, order].clone())
+        table.bias.copy_(table.bias[order].clone())
+    if config.class_weights is not None:
+        config.class_weights = [config.class_weights[i] for i in order]
+    names = label_names(model)
+    config.id2label = {i: names[old] for i, old in enumerate(order)}
+    config.label2id = {names[old]: i for i, old in enumerate(order)}

@@ -20,6 +20,7 @@ from nin_text.options import CommonOptions
 
 logger = logging.getLogger(__name__)
 
+CONTEXT = multiprocessing.get_context("spawn")
 JOIN_SECONDS = 10
 
 
@@ -92,9 +93,8 @@ def call(work: Callable[..., Any], *arguments: Any) -> Any:
 
 def start(work: Callable[..., Any], *arguments: Any) -> Child:
     """Start `work(*arguments, connection)` in another process; `Child.receive` has its result."""
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=_run, args=(work, there, *arguments))
+    here, there = CONTEXT.Pipe()
+    process = CONTEXT.Process(target=_run, args=(work, there, *arguments))
     # Ctrl-C reaches the children as well. They ignore it from their first moment: it is this
     # process that ends them.
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,4 +1,7 @@
-"""A script in a process that has imported already what takes a new interpreter many seconds."""
+"""A script in a process that has imported already what takes a new interpreter many seconds.
+
+`Children` lets processes that the package starts begin there, too.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,10 @@ import multiprocessing
 import os
 import runpy
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +21,31 @@ TIMEOUT = 280  # seconds
 
 # A server that only imports and then forks: what one script does, no other sees.
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["nin_text.runs", "nin_text.inference", "nin_text.image_runs"])
+_server.set_forkserver_preload(
+    [
+        *("nin_text.runs", "nin_text.inference", "nin_text.image_runs"),
+        *("nin_text.comparison", "nin_text.systems"),
+    ]
+)
+
+
+class Children:
+    """Stands in for the context whose processes are new interpreters."""
+
+    Pipe = staticmethod(_server.Pipe)
+
+    @staticmethod
+    def Process(target: Callable[..., None], args: tuple[Any, ...]) -> ForkServerProcess:  # noqa: N802
+        """A process with the environment of this one, as a new interpreter has it."""
+        return _server.Process(target=_with_environment, args=(dict(os.environ), target, args))
+
+
+def _with_environment(
+    environment: Mapping[str, str], target: Callable[..., None], args: tuple[Any, ...]
+) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    target(*args)
 
 
 def run(

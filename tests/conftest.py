@@ -47,6 +47,12 @@ def tiny_bert(vocab_size: int) -> Any:
     )
 
 
+@pytest.fixture
+def ready_children(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes of the package start with everything imported, as scripts of these tests do."""
+    monkeypatch.setattr("nin_text.processes.CONTEXT", as_script.Children)
+
+
 class Finished:
     """A script that has come to its end."""
 

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from multiprocessing.connection import Connection
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -20,11 +19,14 @@ from safetensors.numpy import load_file
 from scipy.stats import binomtest
 from test_systems import tiny_bert
 
-from nin_text import UserError, benchmark, load_text_dataset, processes, report
+from nin_text import UserError, benchmark, load_text_dataset
 from nin_text.benchmark import Sample
 from nin_text.comparison import compare_text, system_names, with_defaults
 from nin_text.evaluation import paired_difference
 from nin_text.options import CompareOptions
+
+# Of comparisons called from here; those of the script are new interpreters, as for a user.
+pytestmark = pytest.mark.usefixtures("ready_children")
 
 
 def compare(dataset: object, folder: Path, *models: str, **changes: object) -> dict:
@@ -56,13 +58,12 @@ def read(folder: Path) -> dict:
     return json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
 
 
-def test_the_table_on_a_strangers_csv_is_right(script: Script, pets: Path, tmp_path: Path) -> None:
+def test_the_table_on_a_strangers_csv_is_right(pets: Path, tmp_path: Path) -> None:
     """Every figure is computed again here from the answers that were left."""
-    result = script(
-        "compare_text",
-        *("--dataset", pets, "--models", "tfidf-svm", "nb-logreg", "--reference", "nb-logreg"),
-        *("--rounds", "1", "--curve", "200", "30", "--threads", "1", "--output-dir", "out"),
-    ).result
+    both = ("tfidf-svm", "nb-logreg")
+    result = compare(
+        pets, tmp_path / "out", *both, reference="nb-logreg", rounds=1, curve=[200, 30]
+    )
     comparison = read(tmp_path / "out")
     data = load_text_dataset(str(pets))
     truth = np.array(data.splits["test"].labels)
@@ -111,14 +112,17 @@ def test_a_second_run_fits_only_what_is_missing(pets: Path, tmp_path: Path) -> N
     assert not (out / "systems" / "nb-logreg").exists()
 
 
-def test_a_comparison_that_is_killed_goes_on(pets: Path, tmp_path: Path) -> None:
+def test_a_comparison_that_is_killed_goes_on(script: Script, pets: Path, tmp_path: Path) -> None:
     """Killed while the network trains: the linear model is kept, the network finished later."""
-    command = [
-        *(sys.executable, str(ROOT / "scripts" / "compare_text.py"), "--dataset", str(pets)),
-        *("--models", "tfidf-svm", "kim-cnn", "--rounds", "0", "--output-dir", "out"),
-        *("--threads", "1"),
+    arguments = [
+        *("--dataset", str(pets), "--models", "tfidf-svm", "kim-cnn", "--rounds", "0"),
+        *("--output-dir", "out", "--threads", "1"),
     ]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "scripts" / "compare_text.py"), *arguments],
+        cwd=tmp_path,
+        stderr=subprocess.DEVNULL,
+    )
     checkpoints = tmp_path / "out" / "systems" / "kim-cnn" / "checkpoints"
     deadline = time.monotonic() + 200
     while not any(checkpoints.glob("*/*/complete.json")) and time.monotonic() < deadline:
@@ -129,8 +133,7 @@ def test_a_comparison_that_is_killed_goes_on(pets: Path, tmp_path: Path) -> None
     done = tmp_path / "out" / "systems" / "tfidf-svm" / "system.json"
     before = done.stat().st_mtime_ns
     time.sleep(1)  # the child notices that its parent is gone, or comes to its end
-    out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert set(json.loads(out.stdout)["systems"]) == {"tfidf-svm", "kim-cnn"}
+    assert set(script("compare_text", *arguments).result["systems"]) == {"tfidf-svm", "kim-cnn"}
     assert done.stat().st_mtime_ns == before
 
 
@@ -328,24 +331,3 @@ def test_a_system_that_cannot_be_timed_leaves_the_others_their_figures(
     assert svm["speed"]["best"]["documents_per_second"] > 0
     assert nb["speed"] is None
     assert nb["test"]["accuracy"] > 0.5
-
-
-def test_a_childs_memory_is_its_own() -> None:
-    ballast = np.ones(2**28, dtype=np.uint8)  # 256 MiB that the child does not have
-    assert report.peak_memory_mb() > 256
-    child = processes.call(peak, CompareOptions(quiet=True))
-    assert child < report.peak_memory_mb() - 200
-    del ballast
-
-
-def peak(options: CompareOptions, connection: Connection) -> float:
-    return report.peak_memory_mb()
-
-
-def test_a_process_that_dies_is_told_in_a_sentence() -> None:
-    with pytest.raises(UserError, match="process died"):
-        processes.call(die, CompareOptions(quiet=True))
-
-
-def die(options: CompareOptions, connection: Connection) -> None:
-    os._exit(9)

@@ -7,7 +7,6 @@ import logging
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +26,7 @@ from nin_text.runs import train_text
 from nin_text.tokenization import encode
 from nin_text.training import RunTrainer
 
-QUICK = {"model": "nin-text-small", "limit": 200, "epochs": 2, "quiet": True}
+QUICK = {"model": "nin-text-small", "limit": 100, "epochs": 2, "quiet": True}
 
 
 def weights(folder: Path) -> bytes:
@@ -40,7 +39,7 @@ def test_the_same_seed_gives_the_same_weights_in_any_process(tmp_path: Path) -> 
     subprocess.run(
         [
             *(sys.executable, ROOT / "scripts" / "train_text.py", "--model", "nin-text-small"),
-            *("--limit", "200", "--epochs", "2", "--quiet", "--seed", "1", "--output-dir", "c"),
+            *("--limit", "100", "--epochs", "2", "--quiet", "--seed", "1", "--output-dir", "c"),
         ],
         cwd=tmp_path,
         check=True,
@@ -68,8 +67,8 @@ def test_a_resumed_run_must_have_the_same_options_and_data(tmp_path: Path) -> No
     assert train_text(TrainOptions(**options, resume=True)) == first
     with pytest.raises(UserError, match=r"learning rate 0\.001, not 0\.1"):
         train_text(TrainOptions(**options, resume=True, learning_rate=0.1))
-    with pytest.raises(UserError, match="limit 200, not 100"):
-        train_text(TrainOptions(**{**options, "limit": 100}, resume=True))
+    with pytest.raises(UserError, match="limit 100, not 50"):
+        train_text(TrainOptions(**{**options, "limit": 50}, resume=True))
     (tmp_path / "run" / "metrics.json").unlink()
     for damage in ("{", "[]"):
         (tmp_path / "run" / "options.json").write_text(damage)
@@ -140,10 +139,29 @@ def write_splits(folder: Path, **splits: list[dict[str, object]]) -> str:
 
 
 @pytest.fixture(scope="module")
+def finished() -> dict[str, tuple[dict, Path]]:
+    """What `whole` has made, each once."""
+    return {}
+
+
+@pytest.fixture
 def whole(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[dict, Path]]:
+    request: pytest.FixtureRequest,
+    finished: dict[str, tuple[dict, Path]],
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> tuple[dict, Path]:
     """Options and folder of a run with unlabelled texts beside few labelled ones, or many."""
+    if request.param == "many":
+        monkeypatch.setattr(ngrams, "FEW", 0)
+    if request.param not in finished:
+        finished[request.param] = run_with_unlabelled(tmp_path_factory, request.param)
+    return finished[request.param]
+
+
+def run_with_unlabelled(
+    tmp_path_factory: pytest.TempPathFactory, labelled: str
+) -> tuple[dict, Path]:
     folder = tmp_path_factory.mktemp("whole")
     corpus = load_text_dataset("demo_reviews", limit=120).splits
     others = load_text_dataset("demo_reviews").splits["train"]
@@ -164,15 +182,13 @@ def whole(
         "epochs": 2,
         "self_training_epochs": 2,
     }
-    with pytest.MonkeyPatch.context() as patch:
+    between = ["training"]
+    if labelled == "few":
         between = ["probe 1", "pretraining-again", "probe 2"]
-        if request.param == "many":
-            patch.setattr(ngrams, "FEW", 0)
-            between = ["training"]
-        train_text(TrainOptions(**options, output_dir=folder / "run"))
-        stages = json.loads((folder / "run" / "metrics.json").read_text())["stage_seconds"]
-        assert list(stages) == ["pretraining", *between, "self-training"]
-        yield options, folder / "run"
+    train_text(TrainOptions(**options, output_dir=folder / "run"))
+    stages = json.loads((folder / "run" / "metrics.json").read_text())["stage_seconds"]
+    assert list(stages) == ["pretraining", *between, "self-training"]
+    return options, folder / "run"
 
 
 @pytest.mark.parametrize(

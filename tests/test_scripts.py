@@ -170,7 +170,7 @@ def test_a_transformer_goes_through_the_same_command(script: Script, tmp_path: P
 def test_a_run_killed_in_the_middle_and_resumed_ends_with_the_same_weights(
     script: Script, tmp_path: Path
 ) -> None:
-    arguments = ("--model", "nin-text-small", "--limit", "1000", "--epochs", "4")
+    arguments = ("--model", "nin-text-small", "--limit", "300", "--epochs", "4")
     whole = script("train_text", *arguments, "--output-dir", "whole").result
     folder = tmp_path / "killed"
     process = subprocess.Popen(

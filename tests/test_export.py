@@ -379,10 +379,9 @@ def test_a_multi_label_model_gives_every_label_of_a_text(tmp_path: Path) -> None
     about = json.loads((folder / "onnx" / "classifier.json").read_text())
     assert about["multi_label"]
     vocabulary = train_tokenizer([" ".join("abcdefgh")] * 2, kind="word")
-    several = set()
-    for text in ("a b c", "d e f g", "h", "a a a"):
+    several, texts = set(), ("a b c", "d e f g", "h", "a a a")
+    for text, line in zip(texts, classify(folder / "onnx", *texts).lines, strict=True):
         expected = model(**vocabulary(text, return_tensors="pt")).logits.sigmoid()[0].tolist()
-        (line,) = classify(folder / "onnx", text).lines
         assert line["labels"] == [n for n, p in zip("xyz", expected, strict=True) if p >= 0.5]
         assert line["label"] == "xyz"[int(np.argmax(expected))]
         assert line["probability"] == pytest.approx(max(expected), abs=1e-5)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import subprocess
 import sys
 from pathlib import Path
 
@@ -224,14 +223,7 @@ def test_what_cannot_be_compared_is_refused_in_a_sentence(
     assert words in str(refused.value) or "no model could be loaded" in str(refused.value)
 
 
-def test_absent_fasttext_names_the_extra() -> None:
-    code = (
-        "import sys; sys.modules['fasttext'] = None\n"
-        "from nin_text.systems import create\n"
-        "from nin_text.options import CompareOptions\n"
-        "from nin_text import UserError\n"
-        "try: create('fasttext', CompareOptions())\n"
-        "except UserError as error: print(error)"
-    )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "nin-text[compare]" in out.stdout
+def test_absent_fasttext_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fasttext", None)
+    with pytest.raises(UserError, match=r"nin-text\[compare\]"):
+        create("fasttext", compare_options())

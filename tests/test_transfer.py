@@ -32,7 +32,7 @@ from nin_text.training import EncodedTexts
 
 CPU = torch.device("cpu")
 WORDS = "a film plot good bad dull witty was the and".split()
-QUICK = {"model": "nin-text-small", "limit": 200, "epochs": 2, "quiet": True}
+QUICK = {"model": "nin-text-small", "limit": 100, "epochs": 2, "quiet": True}
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from typing import Any
 
 from nin_text import demo_data, readers
 from nin_text.errors import UserError
+from nin_text.hub import load_from_hub
 from nin_text.readers import Table
 from nin_text.splits import (
     SPLIT_SEED,
@@ -27,7 +28,6 @@ from nin_text.splits import (
 
 logger = logging.getLogger(__name__)
 
-NETWORK_TIMEOUT = 5.0  # seconds
 MIN_LABELLED = 20
 
 
@@ -136,6 +136,7 @@ class _Raw:
 def load_text_dataset(
     name: str,
     *,
+    dataset_config: str | None = None,
     data_dir: Path | None = None,
     text_column: str | None = None,
     label_column: str | None = None,
@@ -149,6 +150,7 @@ def load_text_dataset(
 
     Args:
         name: a built-in corpus, a known name, a file, a folder, or a hub id; see README.
+        dataset_config: which configuration of a hub id.
         data_dir: the first folder in which known names are looked for.
         text_column, label_column: columns to use; guessed from their names if None.
         drop_empty: leave out rows whose text is empty or missing instead of refusing them.
@@ -162,7 +164,7 @@ def load_text_dataset(
     Raises:
         UserError: whatever is wrong with the data, in one sentence.
     """
-    raw = _find(name, data_dir)
+    raw = _find(name, data_dir, dataset_config)
     if text_column is None and raw.text_columns:
         texts_from: tuple[str, ...] | None = raw.text_columns
     else:
@@ -179,6 +181,7 @@ def load_text_dataset(
                 label_column = readers.pick_column(
                     table, None, readers.LABEL_COLUMNS, "--label-column"
                 )
+    _replace_withheld(columns, notes)
     rows = len(columns["train"][0]) if "train" in columns else 0
     if rows < raw.train_rows:
         notes.append(f"partial training set: {rows:,} of the {raw.train_rows:,} rows of {name}")
@@ -211,6 +214,7 @@ def load_split(
     split: str,
     label_names: Sequence[str],
     *,
+    dataset_config: str | None = None,
     data_dir: Path | None = None,
     text_column: str | None = None,
     label_column: str | None = None,
@@ -223,7 +227,8 @@ def load_split(
         name: as for `load_text_dataset`; of a single file, all rows are taken.
         split: "train", "validation" or "test".
         label_names: the model's class names by index.
-        data_dir, text_column, label_column, drop_empty, limit: as for `load_text_dataset`.
+        dataset_config, data_dir, text_column, label_column, drop_empty, limit: as for
+            `load_text_dataset`.
 
     Returns:
         The split, where it was found, and notes.
@@ -242,6 +247,7 @@ def load_split(
         return (part if limit is None else subset(part, limit)), str(path), notes
     data = load_text_dataset(
         name,
+        dataset_config=dataset_config,
         data_dir=data_dir,
         text_column=text_column,
         label_column=label_column,
@@ -357,7 +363,11 @@ def local_path(name: str) -> Path:
         raise UserError(f"there is no file or folder {name}") from error
 
 
-def _find(name: str, data_dir: Path | None) -> _Raw:
+def _find(name: str, data_dir: Path | None, configuration: str | None) -> _Raw:
+    if configuration is not None and (name.count("/") != 1 or local_path(name).exists()):
+        raise UserError(
+            f"--dataset-config is for data sets on the hub (owner/name), and {name} is none"
+        )
     if name in demo_data.LABELS:
         tables: dict[str, Callable[[], Table]] = {
             part: partial(dict, text=texts, label=labels)
@@ -378,7 +388,7 @@ def _find(name: str, data_dir: Path | None) -> _Raw:
             f"there is no data set {name!r}: it is not a file or folder, not a hub id "
             f"(owner/name), and not one of {', '.join([*demo_data.LABELS, *KNOWN])}"
         )
-    return _from_hub(name, [])
+    return _from_hub(name, [], configuration)
 
 
 def places_of(name: str, data_dir: Path | None) -> list[Path]:
@@ -400,6 +410,7 @@ def _find_known(name: str, data_dir: Path | None) -> _Raw:
     raw.text_columns = known.text_columns
     raw.label_column = known.label_column
     raw.label_names = raw.label_names or known.labels
+    raw.train_rows = known.train_rows
     return raw
 
 
@@ -451,7 +462,7 @@ def load_from_disk(folder: Path) -> Any:
         raise UserError(f"{folder} is not a readable saved data set ({error})") from error
 
 
-def _from_hub(hub_id: str, places: list[str]) -> _Raw:
+def _from_hub(hub_id: str, places: list[str], configuration: str | None = None) -> _Raw:
     """Load a data set from the Hugging Face hub or its local cache."""
     advice = (
         f"looked in {', '.join(places)}; put train.parquet and test.parquet (columns text and "
@@ -459,63 +470,7 @@ def _from_hub(hub_id: str, places: list[str]) -> _Raw:
         if places
         else "give the path of a local copy"
     )
-    return _from_datasets(load_from_hub(hub_id, advice), f"hub:{hub_id}")
-
-
-def load_from_hub(hub_id: str, advice: str, configuration: str | None = None) -> Any:
-    """Load a data set, as `datasets` does, from the Hugging Face hub or its local cache.
-
-    Args:
-        hub_id: owner/name.
-        advice: what to do if it cannot be had, the last part of the message.
-        configuration: which of its configurations.
-
-    Raises:
-        UserError: if it cannot be had.
-    """
-    online = _hub_is_reachable()
-    import datasets
-
-    if not online:
-        datasets.config.HF_HUB_OFFLINE = True
-    datasets.disable_progress_bars()
-    try:
-        try:
-            return datasets.load_dataset(hub_id, configuration)
-        except RuntimeError as error:
-            if "script" not in str(error):
-                raise
-            # Older data sets are a script, which is never run; the hub keeps a Parquet copy.
-            return datasets.load_dataset(hub_id, configuration, revision="refs/convert/parquet")
-    except Exception as error:
-        if not online:
-            raise UserError(
-                f"the data set {hub_id} is not on this machine and the Hugging Face hub cannot be "
-                f"reached; {advice}, or connect to the network"
-            ) from error
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"the data set {hub_id} could not be loaded from the Hugging Face hub ({reason}); "
-            f"check the id, or {advice}"
-        ) from error
-
-
-def _hub_is_reachable() -> bool:
-    import huggingface_hub
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return False
-    try:
-        session = huggingface_hub.get_session()
-        session.head(
-            constants.ENDPOINT, timeout=NETWORK_TIMEOUT, follow_redirects=True
-        ).raise_for_status()  # a proxy answers, too, when it does not let us through
-    except Exception:
-        # From here on nothing in this process tries again: each try would wait for a time-out.
-        constants.HF_HUB_OFFLINE = True
-        return False
-    return True
+    return _from_datasets(load_from_hub(hub_id, advice, configuration), f"hub:{hub_id}")
 
 
 def _from_datasets(loaded: Any, source: str) -> _Raw:
@@ -540,6 +495,19 @@ def _from_datasets(loaded: Any, source: str) -> _Raw:
 
 
 # ---- texts and labels --------------------------------------------------------------------------
+
+
+def _replace_withheld(
+    columns: dict[str, tuple[list[str], list[Any] | None]], notes: list[str]
+) -> None:
+    """Judge by the validation split where all labels of the test split are withheld (-1, GLUE)."""
+    labels = {split: set(map(str, part[1] or [])) for split, part in columns.items()}
+    if labels.get("test") != {"-1"} or "-1" in labels.get("train", {"-1"}):
+        return
+    del columns["test"]
+    if "validation" in columns:
+        columns["test"] = columns.pop("validation")
+        notes.append("the labels of the test split are withheld: the validation split is tested on")
 
 
 def _columns(

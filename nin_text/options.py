@@ -124,6 +124,10 @@ class DataOptions:
         "yelp_polarity, dbpedia_14, 20newsgroups, rotten_tomatoes), file, folder or hub id",
         "demo_reviews",
     )
+    dataset_config: str | None = option(
+        "configuration of a hub data set that has several, such as sst2 of nyu-mll/glue",
+        metavar="NAME",
+    )
     data_dir: Path | None = option(
         "folder in which known names are looked for first; then $NIN_TEXT_DATA, data/, the hub"
     )
@@ -134,7 +138,7 @@ class DataOptions:
 
     def arguments(self) -> dict[str, Any]:
         """These options as keyword arguments of `load_text_dataset` and `load_split`."""
-        names = ("data_dir", "text_column", "label_column", "drop_empty", "limit")
+        names = ("dataset_config", "data_dir", "text_column", "label_column", "drop_empty", "limit")
         return {name: getattr(self, name) for name in names}
 
 

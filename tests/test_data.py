@@ -319,6 +319,81 @@ def test_a_stratified_part_is_a_fair_share_of_every_class(labels: list[int], sha
         assert abs(part[label] - count * size / len(labels)) <= 2.5
 
 
+def glue() -> datasets.DatasetDict:
+    """What `datasets.load_dataset` gives for a task of GLUE: test labels are withheld."""
+    features = datasets.Features(
+        {
+            "sentence": datasets.Value("string"),
+            "label": datasets.ClassLabel(names=["no", "yes"]),
+            "idx": datasets.Value("int32"),
+        }
+    )
+
+    def part(name: str, n: int, label: int | None = None) -> datasets.Dataset:
+        rows = {
+            "sentence": [f"{name} {i}" for i in range(n)],
+            "label": [i % 2 if label is None else label for i in range(n)],
+            "idx": list(range(n)),
+        }
+        return datasets.Dataset.from_dict(rows, features=features)
+
+    return datasets.DatasetDict(
+        train=part("train", 60), validation=part("dev", 10), test=part("test", 20, -1)
+    )
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None]]:
+    """A stand-in for the hub, which has one data set of two configurations; what it is asked."""
+    asked: list[tuple[str, str | None]] = []
+
+    def load_dataset(hub_id: str, configuration: str | None = None) -> datasets.DatasetDict:
+        asked.append((hub_id, configuration))
+        if configuration is None:
+            raise ValueError("Config name is missing. Please pick one among: ['sst2', 'cola']")
+        return glue()
+
+    monkeypatch.setattr("nin_text.hub._hub_is_reachable", lambda: True)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return asked
+
+
+def test_a_configuration_of_a_hub_data_set_is_named(hub: list[tuple[str, str | None]]) -> None:
+    with pytest.raises(UserError, match=r"sst2.*name one .* with --dataset-config"):
+        load_text_dataset("owner/glue")
+    dataset = load_text_dataset("owner/glue", dataset_config="sst2")
+    assert hub == [("owner/glue", None), ("owner/glue", "sst2")]
+    assert dataset.source == "hub:owner/glue"
+    assert dataset.label_names == ["no", "yes"]
+    part, _, _ = load_split("owner/glue", "test", ["yes", "no"], dataset_config="sst2")
+    assert part.texts == dataset.splits["test"].texts
+    assert part.labels == [1 - label for label in dataset.splits["test"].labels]
+
+
+@pytest.mark.parametrize("name", ["demo_reviews", "imdb", "missing", "."])
+def test_only_hub_data_sets_have_configurations(name: str) -> None:
+    with pytest.raises(UserError, match="--dataset-config is for data sets on the hub"):
+        load_text_dataset(name, dataset_config="sst2")
+
+
+@pytest.mark.usefixtures("hub")
+def test_where_test_labels_are_withheld_the_validation_split_is_tested_on() -> None:
+    dataset = load_text_dataset("owner/glue", dataset_config="sst2")
+    assert dataset.splits["test"].texts == [f"dev {i}" for i in range(10)]
+    assert all(text.startswith("train ") for text in dataset.splits["validation"].texts)
+    assert len(dataset.splits["train"]) + len(dataset.splits["validation"]) == 60
+    assert any("withheld" in note for note in dataset.notes)
+
+
+def test_a_class_called_minus_one_is_a_class(tmp_path: Path) -> None:
+    for split, labels in (("train", [-1, 1] * 20), ("test", [-1] * 5)):
+        rows = pd.DataFrame({"text": [f"{split} {i}" for i in range(len(labels))], "label": labels})
+        rows.to_csv(tmp_path / f"{split}.csv", index=False)
+    dataset = load_text_dataset(str(tmp_path))
+    assert dataset.label_names == ["1", "-1"]
+    assert dataset.splits["test"].labels == [1] * 5
+
+
 def test_every_known_name_has_what_is_needed() -> None:
     assert {"imdb", "ag_news", "sst2", "trec", "yelp_polarity", "dbpedia_14"} <= set(KNOWN)
     assert {"20newsgroups", "rotten_tomatoes"} <= set(KNOWN)

@@ -159,7 +159,7 @@ def test_cifar_10_is_read_from_the_hubs_form(
         asked.append(hub_id)
         return datasets.DatasetDict(train=part(TRAIN), test=part(TEST))
 
-    monkeypatch.setattr("nin_text.data._hub_is_reachable", lambda: True)
+    monkeypatch.setattr("nin_text.hub._hub_is_reachable", lambda: True)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("NIN_TEXT_DATA", raising=False)

@@ -15,7 +15,6 @@ import io
 import itertools
 import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -111,7 +110,7 @@ def _score(options: PredictOptions, files: list[Path], output: Path, scorer: Sco
     try:
         for part, content in _shown(engine(options, files, whole, scorer), files):
             if content is not None:
-                _write(parts / (part.name + suffix), content)
+                report.write_bytes(parts / (part.name + suffix), content)
             names.append(part.name)
             rows += part.rows
     except KeyboardInterrupt:
@@ -387,17 +386,6 @@ _RENDER: dict[str, Callable[[Columns, Sequence[str]], bytes]] = {
     ".csv": _to_csv,
     ".parquet": _to_parquet,
 }
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write aside and rename: a part that is there is whole."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        aside.write_bytes(content)
-        aside.replace(path)
-    except OSError:
-        aside.unlink(missing_ok=True)  # a full disk is not to stay full of halves
-        raise
 
 
 def _join(parts: Sequence[Path], target: Path) -> None:

@@ -23,10 +23,11 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from nin_text import benchmark, processes, report
+from nin_text import comparison_timing as timing
+from nin_text import processes, report
 from nin_text.baselines import count_tokens
-from nin_text.benchmark import Sample
 from nin_text.comparison_report import print_table, to_html, to_markdown, to_plots
+from nin_text.comparison_timing import Sample
 from nin_text.data import TextDataset, fewest_labelled, labelled_examples, reduced
 from nin_text.device import pick_device, use_bf16
 from nin_text.errors import UserError
@@ -193,7 +194,7 @@ def _open_folder(folder: Path, options: CompareOptions, dataset: TextDataset) ->
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
             differing = [name for name, value in decisive.items() if before.get(name) != value]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, AttributeError) as error:
             raise UserError(f"{path} is damaged; give --overwrite to start anew") from error
         if differing:
             what = differing[0]
@@ -309,7 +310,7 @@ def _fit(
         **(fit.record or {}),
     }
     system.load(folder)
-    record |= benchmark.measure_cost(system, sample)
+    record |= timing.measure_cost(system, sample)
     if system.kind == "architecture":
         record |= {"train_seconds": None, "train_threads": None, "train_peak_memory_mb": None}
     else:
@@ -386,13 +387,13 @@ def _answer_rounds(
     system.load(folder)
     if "batch_tokens" in record:
         system.batch_tokens = record["batch_tokens"]  # type: ignore[attr-defined]
-    benchmark.warm_up(system, sample)
+    timing.warm_up(system, sample)
     connection.send(("result", None))
     rounds = []
     while connection.recv() == "round":
-        rounds.append(benchmark.time_round(system, sample))
+        rounds.append(timing.time_round(system, sample))
         connection.send(("result", None))
-    speed = benchmark.summarize(rounds, sample)
+    speed = timing.summarize(rounds, sample)
     return speed | {"peak_memory_mb": round(report.peak_memory_mb(), 1)}
 
 
@@ -444,7 +445,7 @@ def _assemble(
             "threads": threads,
             "documents": len(sample.texts),
             "mean_tokens": float(sample.tokens.mean()),
-            "left_out": benchmark.LEFT_OUT,
+            "left_out": timing.LEFT_OUT,
         }
         if options.rounds
         else None,

@@ -428,12 +428,9 @@ def _read_folder(folder: Path) -> _Raw:
         if "train" in files and "subset" in files["train"][0].name:
             raw.notes.append(f"the training file {files['train'][0].name} is a subset")
         return raw
-    parts = {
-        split: folder / name
-        for split in ("train", "validation", "test")
-        for name in readers.SPLIT_NAMES[split]
-        if (folder / name).is_dir()
-    }
+    names = readers.pick_splits(lambda name: (folder / name).is_dir())
+    names.pop("unsupervised", None)  # a class of that name, or what is looked for below
+    parts = {split: folder / name for split, name in names.items()}
     if parts:  # aclImdb and its like: train/<class>/*.txt
         tables: dict[str, Callable[[], Table]] = {
             split: partial(readers.read_class_folders, part) for split, part in parts.items()
@@ -479,10 +476,8 @@ def _from_datasets(loaded: Any, source: str) -> _Raw:
 
     parts = loaded if isinstance(loaded, dict) else {"train": loaded}
     raw = _Raw(source, {})
-    for split, names in readers.SPLIT_NAMES.items():
-        for name in names:
-            if name in parts and split not in raw.tables:
-                raw.tables[split] = parts[name].to_dict
+    for split, name in readers.pick_splits(parts.__contains__).items():
+        raw.tables[split] = parts[name].to_dict
     if not raw.tables:
         raise UserError(f"{source} has no split named train or test, only {', '.join(parts)}")
     features = next(iter(parts.values())).features

@@ -205,6 +205,7 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
                 self.warm_start
                 and hasattr(self, "model_")
                 and np.array_equal(self.classes_, classes)
+                and self._is_multi_label() == (labels.ndim == 2)
             )
             if again:
                 branch = self.model_.ngrams
@@ -566,7 +567,8 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
         Raises:
             UserError: if there is no such classifier, or it is damaged.
         """
-        model, tokenizer = models.load(str(folder), multi_label=True)
+        folder = models.local(str(folder))
+        model, tokenizer = models.load(folder, multi_label=True)
         if not isinstance(model, NiNTextForSequenceClassification):
             raise UserError(f"{folder} holds no NiN text classifier")
         path = Path(folder) / ESTIMATOR_FILE
@@ -578,9 +580,7 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
             estimator = cls(**parameters)
             names = saved.get("classes", models.label_names(model))
             estimator.classes_ = np.array(names, dtype=saved.get("dtype"))
-            estimator.max_length_ = int(
-                saved.get("max_length", trained_max_length(str(folder)) or 0)
-            )
+            estimator.max_length_ = int(saved.get("max_length", trained_max_length(folder) or 0))
             estimator.n_iter_ = int(saved.get("n_iter", 0))
         except (TypeError, ValueError, AttributeError, MemoryError, OverflowError) as error:
             raise UserError(f"{path} is damaged ({error}); save the classifier again") from error

@@ -36,16 +36,22 @@ from nin_text.data import Split, load_split, load_text_dataset
 from nin_text.errors import UserError
 from nin_text.evaluation import batches_by_length, pad
 from nin_text.ngrams import NGramEvidence, ngram_buckets
-from nin_text.options import ExportOptions, check, model_folder, trained_max_length
+from nin_text.options import (
+    TOKENIZER_FILE,
+    ExportOptions,
+    check,
+    run_metrics,
+    trained_max_length,
+)
 from nin_text.splits import SPLIT_SEED
 from nin_text.text import NiNTextForSequenceClassification
-from nin_text.tokenization import encode, load_tokenizer, truncation
+from nin_text.tokenization import encode, truncation
 
 logger = logging.getLogger(__name__)
 
 NGRAM_TABLE = "model.ngrams.weight"  # in an exported file
 MODEL_FILE, INT8_FILE = "model.onnx", "model.int8.onnx"
-TOKENIZER_FILE, ABOUT_FILE = "tokenizer.json", "classifier.json"
+ABOUT_FILE = "classifier.json"
 
 OUTPUTS = ("probabilities", "logits")
 
@@ -358,7 +364,8 @@ def export_onnx(options: ExportOptions) -> dict[str, Any]:
         if not Path(options.model).is_dir():
             raise UserError(f"{options.model} is no local folder; say where to with --output-dir")
         folder = Path(options.model) / "onnx"
-    max_length = truncation(tokenizer, trained_max_length(options.model)).get("max_length")
+    trained = trained_max_length(models.local(options.model))
+    max_length = truncation(tokenizer, trained).get("max_length")
     sample = _validation_sample(options, model)
     rows, labels, source = _encoded(sample, tokenizer, max_length, model.config.vocab_size)
     about: dict[str, Any] = {
@@ -425,13 +432,12 @@ def _check_installed() -> None:
 
 def _load(folder: str) -> tuple[NiNTextForSequenceClassification, PreTrainedTokenizerBase]:
     """A NiN classifier in float32, single- or multi-label, and its tokenizer."""
-    model = models.load_classifier(folder, multi_label=True)
+    model, tokenizer = models.load(folder, multi_label=True)
     if not isinstance(model, NiNTextForSequenceClassification):
         raise UserError(
             f"{folder} is a model of type {model.config.model_type}; this exports NiN text models "
             f"alone, optimum (pip install optimum-onnx) exports those of transformers"
         )
-    tokenizer = load_tokenizer(model_folder(folder))
     if not tokenizer.is_fast:
         raise UserError(f"the tokenizer of {folder} has no tokenizer.json; train with another one")
     return model.float(), tokenizer
@@ -454,9 +460,7 @@ def _validation_sample(
         return None
     else:
         try:
-            metrics = json.loads(
-                (Path(model_folder(options.model)) / report.METRICS_FILE).read_text("utf-8")
-            )
+            metrics = run_metrics(options.model)
             data = load_text_dataset(metrics["dataset"], **_recorded(metrics["options"], options))
         except (UserError, OSError, ValueError, KeyError, TypeError) as error:
             logger.warning("note: the validation texts of the run are not to be had (%s)", error)

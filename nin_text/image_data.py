@@ -17,7 +17,7 @@ from nin_text.data import load_from_disk, local_path, places_of
 from nin_text.errors import UserError, in_one_line
 from nin_text.hub import load_from_hub
 from nin_text.image_files import Files, Found, Splits, files_of, read_known_format
-from nin_text.readers import SPLIT_NAMES
+from nin_text.readers import SPLIT_NAMES, pick_splits
 from nin_text.splits import announce, finish_splits, label_indices, label_names_of, stratified
 
 logger = logging.getLogger(__name__)
@@ -310,12 +310,11 @@ def _read_parquet(files: Files) -> Any:
 
 def _read_class_folders(folder: Path, size: int | None) -> Found:
     """train/<class>/**/*.png and test/<class>/**/*.png, or <class>/**/*.png alone."""
-    parts = {
-        split: folder / name
-        for split in ("train", "validation", "test")
-        for name in SPLIT_NAMES[split]
-        if (folder / name).is_dir() and _subfolders(folder / name)  # not the class of trains
-    }
+    of_splits = pick_splits(  # not the class of trains
+        lambda name: (folder / name).is_dir() and bool(_subfolders(folder / name))
+    )
+    of_splits.pop("unsupervised", None)
+    parts = {split: folder / name for split, name in of_splits.items()}
     splits: Splits = {}
     for split, part in (parts or {"train": folder}).items():
         paths = [
@@ -363,32 +362,29 @@ def _from_datasets(loaded: Any, source: str, size: int | None) -> Found:
     parts = loaded if isinstance(loaded, dict) else {"train": loaded}
     splits: Splits = {}
     label_names: Sequence[str] | None = None
-    for split in ("train", "validation", "test"):
-        for name in SPLIT_NAMES[split]:
-            if name not in parts or split in splits:
-                continue
-            part = parts[name]
-            image = _column(part.column_names, IMAGE_COLUMNS, source)
-            label = _column(part.column_names, LABEL_COLUMNS, source)
-            feature = part.features[label]
-            labels = list(part[label])
-            if isinstance(feature, datasets.ClassLabel):
-                label_names = list(feature.names)
-                # By name, since a class may be named by a number.
-                named = dict(enumerate(label_names))
-                labels = [named.get(value, value) for value in labels]
-            part = part.cast_column(image, datasets.Image(decode=False))
-            bar = tqdm(
-                part[image], desc=f"reading {split}", unit="images", leave=False, disable=None
-            )
-            images = []
-            for i, cell in enumerate(bar):
-                where = f"row {i + 1} of the {split} split of {source}"
-                if cell is None or (cell["bytes"] is None and not cell["path"]):
-                    raise UserError(f"{where} has no image; leave it out")
-                data = cell["bytes"] if cell["bytes"] is not None else Path(cell["path"])
-                images.append(decode(data, where, size))
-            splits[split] = (images, labels)
+    names = pick_splits(parts.__contains__)
+    names.pop("unsupervised", None)
+    for split, name in names.items():
+        part = parts[name]
+        image = _column(part.column_names, IMAGE_COLUMNS, source)
+        label = _column(part.column_names, LABEL_COLUMNS, source)
+        feature = part.features[label]
+        labels = list(part[label])
+        if isinstance(feature, datasets.ClassLabel):
+            label_names = list(feature.names)
+            # By name, since a class may be named by a number.
+            named = dict(enumerate(label_names))
+            labels = [named.get(value, value) for value in labels]
+        part = part.cast_column(image, datasets.Image(decode=False))
+        bar = tqdm(part[image], desc=f"reading {split}", unit="images", leave=False, disable=None)
+        images = []
+        for i, cell in enumerate(bar):
+            where = f"row {i + 1} of the {split} split of {source}"
+            if cell is None or (cell["bytes"] is None and not cell["path"]):
+                raise UserError(f"{where} has no image; leave it out")
+            data = cell["bytes"] if cell["bytes"] is not None else Path(cell["path"])
+            images.append(decode(data, where, size))
+        splits[split] = (images, labels)
     return Found(splits, label_names)
 
 

@@ -49,9 +49,10 @@ def load_model(
     check(options)
     device = pick_device(options.device)
     keep_freed_memory()
-    model, tokenizer = models.load(options.model)
+    folder = models.local(options.model)
+    model, tokenizer = models.load(folder)
     if options.max_length is None:
-        options.max_length = trained_max_length(options.model)
+        options.max_length = trained_max_length(folder)
     bf16 = use_bf16(options.precision, device)
     model.to(device)  # type: ignore[arg-type]
     return model, tokenizer, models.label_names(model), torch.bfloat16 if bf16 else None
@@ -67,7 +68,7 @@ def evaluate_text(options: EvaluateOptions) -> dict[str, Any]:
         UserError: whatever the user can mend, in one sentence.
     """
     from nin_text import report
-    from nin_text.data import load_split
+    from nin_text.data import load_split, local_path
     from nin_text.tokenization import encode
 
     model, tokenizer, names, autocast = load_model(options)
@@ -90,7 +91,7 @@ def evaluate_text(options: EvaluateOptions) -> dict[str, Any]:
     result = {
         "dataset": options.dataset,
         "data_source": source,
-        "split": "all rows" if Path(options.dataset).is_file() else options.split,
+        "split": "all rows" if local_path(options.dataset).is_file() else options.split,
         "notes": notes,
         "model": options.model,
         "precision": "fp32" if autocast is None else "bf16",
@@ -164,12 +165,17 @@ def load_predictor(options: PredictOptions) -> Predictor | PaddedPredictor:
         UserError: if the model cannot be loaded.
     """
     check(options)
-    if not saved_nin(options.model):
+    folder = options.model
+    if folder.count("/") == 1 and not Path(folder).exists():  # a hub id may be of either kind
+        from nin_text.models import local
+
+        folder = local(folder)
+    if not saved_nin(folder):
         return PaddedPredictor(options)
     if options.max_length is None:
-        options.max_length = trained_max_length(options.model)
+        options.max_length = trained_max_length(folder)
     return Predictor(
-        options.model,
+        folder,
         device=options.device,
         precision=options.precision,
         max_length=options.max_length,

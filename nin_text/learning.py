@@ -21,7 +21,7 @@ from nin_text.training import EncodedTexts, TextTrainer, text_trainer
 from nin_text.transfer import Teacher
 
 # Of the folder of checkpoints.
-TEACHER_FILE, ANSWERS_FILE = "teacher.safetensors", "answers.safetensors"
+TEACHER_FILE, LABELLED_FILE = "teacher.safetensors", "answers.safetensors"
 TIMES_AS_MANY = 2  # unlabelled texts, at least, as labelled ones to learn from few labels
 
 
@@ -170,7 +170,7 @@ def learn(
         labelled, unlabelled = stages.taught(labelled, unlabelled, opinions), None
     if not options.self_training_epochs or not unlabelled:
         return learner.train("training", options.epochs, labelled)
-    path = learner.checkpoints / ANSWERS_FILE
+    path = learner.checkpoints / LABELLED_FILE
     saved = stages.saved_answers(path)
     if saved is None:
         start = copy.deepcopy(learner.model.state_dict())

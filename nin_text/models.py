@@ -111,6 +111,7 @@ def _with_saved_encoder(folder: str, settings: dict[str, Any]) -> PreTrainedMode
         encoder = NiNTextModel.from_pretrained(folder, config=config, use_safetensors=True)
     except Exception as error:
         raise UserError(cannot_load(folder, error)) from error
+    check_weights(encoder, folder)
     logger.info(
         "encoder and tokenizer of %s are kept; classifier and n-gram evidence are new", folder
     )
@@ -307,8 +308,10 @@ def cannot_load(name: str, error: Exception) -> str:
 
 def load_encoder(
     name: str, complaint: Callable[[str, Exception], str] = cannot_load
-) -> tuple[PreTrainedModel, str]:
-    """An encoder from outside, and the folder it lies in.
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
+    """An encoder from outside, its tokenizer, and the folder they lie in.
+
+    Of a model of encoder and decoder it is the former.
 
     Args:
         name: of a package, a folder or on the hub.
@@ -324,7 +327,11 @@ def load_encoder(
     except Exception as error:
         raise UserError(complaint(name, error)) from error
     check_weights(encoder, name)
-    return encoder, folder
+    tokenizer = load_tokenizer(folder)
+    limit_length(tokenizer, encoder.config)
+    if encoder.config.is_encoder_decoder:
+        encoder = encoder.get_encoder()
+    return encoder, tokenizer, folder
 
 
 def label_names(model: PreTrainedModel) -> list[str]:

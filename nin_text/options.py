@@ -424,6 +424,8 @@ def check(options: CommonOptions) -> None:
             flag = "--" + name.replace("_", "-")
             limits = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
             raise UserError(f"{flag} must be {limits}, not {value:g}")
+    if getattr(options, "rounds", None) == 0 and not isinstance(options, CompareOptions):
+        raise UserError("--rounds must be at least 1, not 0")
     if isinstance(options, TrainOptions) and "" in (options.init_embeddings, *options.teacher):
         raise UserError("--init-embeddings and --teacher need a name; leave them out for neither")
     if isinstance(options, TrainOptions) and options.ngrams == 0 and options.pretrain_epochs:
@@ -443,9 +445,10 @@ def with_recipe(options: TrainOptions, examples: int) -> TrainOptions:
 
     Args:
         options: as given by the user.
-        examples: size of the training split. Small ones get smaller batches, so that a pass has
-            about `MIN_BATCHES` of them, and fewer pieces of words: what a few texts say of a whole
-            word, or of n-grams of words, tells little of others.
+        examples: size of the training split. Small ones get smaller batches, unless the recipe of
+            their data set names a size, so that a pass has about `MIN_BATCHES` of them, and fewer
+            pieces of words: what a few texts say of a whole word, or of n-grams of words, tells
+            little of others.
     """
     recipe, most = dict(RECIPES["default"]), max(4, examples // MIN_BATCHES)
     recipe["batch_size"] = min(recipe["batch_size"], most)

@@ -402,6 +402,16 @@ def split_files(folder: Path) -> dict[str, list[Path]]:
     return {split: paths for split, paths in found.items() if paths}
 
 
+def pick_splits(there: Callable[[str], bool]) -> dict[str, str]:
+    """For each split the name that it has: of several, the most telling one.
+
+    Args:
+        there: whether something of a name exists.
+    """
+    found = {split: next(filter(there, names), None) for split, names in SPLIT_NAMES.items()}
+    return {split: name for split, name in found.items() if name is not None}
+
+
 def pick_column(table: Table, wanted: str | None, usual: list[str], option: str) -> str:
     """The column asked for, or the first of the usual names that the table has.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import json
 import os
 import platform
@@ -26,15 +27,20 @@ MISTAKES_FILE = "mistakes.html"  # of a NiN model
 CLASS_MAPS_FILE = "class_maps.html"  # of an image model
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text aside and rename it into place, so that no reader sees half of it."""
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write aside and rename into place, so that no reader sees half of it."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        aside.write_text(text, encoding="utf-8", errors="replace")  # of lone surrogates
+        aside.write_bytes(content)
         aside.replace(path)
     except OSError:
         aside.unlink(missing_ok=True)  # a full disk is not to stay full of halves
         raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text as `write_bytes` does; lone surrogates become question marks."""
+    write_bytes(path, text.encode("utf-8", "replace"))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -114,9 +120,9 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _save(figure: Any, path: Path) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    figure.savefig(aside, format="png")
-    aside.replace(path)
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    write_bytes(path, png.getvalue())
 
 
 def plot_curves(history: Sequence[dict[str, Any]], path: Path) -> None:

@@ -71,9 +71,10 @@ class NiNTextCategorizer(Pipe):
                 f'component {self.name} has no model; config={{"model": FOLDER}} names the output '
                 f"folder of a finished training run"
             )
-        classifier = models.load(self.folder)
+        folder = models.local(self.folder)
+        classifier = models.load(folder)
         if self.max_length is None:
-            self.max_length = trained_max_length(self.folder)
+            self.max_length = trained_max_length(folder)
         return classifier
 
     @property

@@ -17,16 +17,20 @@ import torch
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.svm import LinearSVC
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 from nin_text import export, models
 from nin_text.baselines import TOKEN, FastText
 from nin_text.configuration import NiNTextConfig
 from nin_text.data import TextDataset
-from nin_text.device import keep_freed_memory
 from nin_text.errors import UserError
-from nin_text.evaluation import batches_by_length, pad, predict_logits, softmax
-from nin_text.options import PACKAGED, PRESET_NAMES, model_folder
+from nin_text.evaluation import batches_by_length, pad, predict_logits
+from nin_text.inference import PaddedPredictor
+from nin_text.options import PACKAGED, PRESET_NAMES, PredictOptions, model_folder
 from nin_text.predictor import Predictor
 from nin_text.recipes import RECIPES
 from nin_text.text import NiNTextForSequenceClassification
@@ -52,17 +56,21 @@ def random_model(name: str, dataset: TextDataset, folder: Path) -> Path:
     """
     if name not in PRESET_NAMES:
         return Path(model_folder(name))
-    settings = RECIPES["default"]
-    tokenizer = cached_tokenizer(
-        dataset.splits["train"].texts[:TOKENIZER_TEXTS],
-        kind="wordpiece",
-        vocab_size=settings["vocab_size"],
-        lowercase=True,
-    )
+    tokenizer = _tokenizer(dataset)
     model = _random(name, len(dataset.label_names), len(tokenizer))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def _tokenizer(dataset: TextDataset) -> PreTrainedTokenizerFast:
+    """One of the default size, trained on a part of the training texts."""
+    return cached_tokenizer(
+        dataset.splits["train"].texts[:TOKENIZER_TEXTS],
+        kind="wordpiece",
+        vocab_size=RECIPES["default"]["vocab_size"],
+        lowercase=True,
+    )
 
 
 def random_weights(
@@ -95,16 +103,9 @@ def _random(name: str, classes: int, vocab_size: int) -> NiNTextForSequenceClass
 
 def padded(folder: Path, predictor: Predictor) -> Answer:
     """The model as transformers runs it: its own tokenizer call, and padded batches."""
-    keep_freed_memory()
-    model, tokenizer = models.load(str(folder))
-    model.to(predictor.device)  # type: ignore[arg-type]
-    autocast = torch.bfloat16 if predictor.precision == "bf16" else None
-
-    def answer(texts: Sequence[str]) -> np.ndarray:
-        rows = encode(tokenizer, texts)
-        return softmax(predict_logits(model, rows, pad_token_id=0, autocast=autocast))
-
-    return answer
+    device, precision = str(predictor.device), predictor.precision
+    options = PredictOptions(model=str(folder), device=device, precision=precision)
+    return PaddedPredictor(options).predict_proba
 
 
 def training_step(
@@ -202,12 +203,7 @@ def minilm(dataset: TextDataset) -> tuple[MiniLM, str]:
         folder = models.packaged(MINILM)
         model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=classes)
         return MiniLM(model, models.load_tokenizer(folder)), f"MiniLM-L6: the body of {MINILM}."
-    tokenizer = cached_tokenizer(
-        dataset.splits["train"].texts[:TOKENIZER_TEXTS],
-        kind="wordpiece",
-        vocab_size=30_000,
-        lowercase=True,
-    )
+    tokenizer = _tokenizer(dataset)
     config = AutoConfig.for_model(
         "bert",
         hidden_size=384,

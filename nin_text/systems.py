@@ -359,9 +359,9 @@ class FrozenEncoder(_Network):
         return Fit({"C": c, "validation_accuracy_by_C": scores}, softmax(logits))
 
     def _load_encoder(self) -> None:
-        model, self.folder = models.load_encoder(self.name)
+        model, tokenizer, self.folder = models.load_encoder(self.name)
         self.max_length = min(512, getattr(model.config, "max_position_embeddings", 512))
-        self._use(model, load_tokenizer(self.folder))
+        self._use(model, tokenizer)
 
     def load(self, folder: Path) -> None:
         self._load_encoder()

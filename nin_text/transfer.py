@@ -32,7 +32,7 @@ from nin_text.errors import UserError, in_one_line
 from nin_text.evaluation import predict_logits, softmax
 from nin_text.options import TrainOptions, run_metrics, saved_nin, trained_max_length
 from nin_text.readers import open_text, reading, suffix_of
-from nin_text.tokenization import CONTINUATION, encode, load_tokenizer
+from nin_text.tokenization import CONTINUATION, encode
 
 logger = logging.getLogger(__name__)
 
@@ -176,7 +176,7 @@ def _encode_alone(
 
     Tokens that it does not know, either, are left out.
     """
-    encoder, tokenizer = _load_encoder(source)
+    encoder, tokenizer, _ = models.load_encoder(source, _no_embeddings)
     try:
         return _hidden_states(encoder.to(device).eval(), tokenizer, tokens, device)  # type: ignore[arg-type]
     except Exception as error:
@@ -213,15 +213,6 @@ def _hidden_states(
     return found
 
 
-def _load_encoder(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    encoder, folder = models.load_encoder(source, _no_embeddings)
-    tokenizer = load_tokenizer(folder)
-    models.limit_length(tokenizer, encoder.config)
-    if encoder.config.is_encoder_decoder:
-        encoder = encoder.get_encoder()
-    return encoder, tokenizer
-
-
 def _no_embeddings(source: str, error: Exception) -> str:
     reason = in_one_line(error)
     return (
@@ -246,8 +237,9 @@ class Teacher:
     """
 
     def __init__(self, name: str, label_names: Sequence[str]) -> None:
-        self.model, self.tokenizer = models.load(models.packaged(name))
-        self.max_length = trained_max_length(name)
+        folder = models.local(models.packaged(name))
+        self.model, self.tokenizer = models.load(folder)
+        self.max_length = trained_max_length(folder)
         its, ours = models.label_names(self.model), list(label_names)
         folded = [label.casefold() for label in its], [label.casefold() for label in ours]
         if set(its) != set(ours) and len(set(folded[1])) == len(ours):

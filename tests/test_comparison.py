@@ -19,9 +19,10 @@ from safetensors.numpy import load_file
 from scipy.stats import binomtest
 from test_systems import tiny_bert
 
-from nin_text import UserError, benchmark, load_text_dataset
-from nin_text.benchmark import Sample
+from nin_text import UserError, load_text_dataset
+from nin_text import comparison_timing as timing
 from nin_text.comparison import compare_text, system_names, with_defaults
+from nin_text.comparison_timing import Sample
 from nin_text.evaluation import paired_difference
 from nin_text.options import CompareOptions
 
@@ -209,6 +210,14 @@ def test_mistakes_are_refused_before_anything_is_fitted(
     assert not (tmp_path / "out" / "systems").exists()
 
 
+@pytest.mark.parametrize("damage", ["{", "[]", "7"])
+def test_damaged_options_are_said_to_be_that(damage: str, pets: Path, tmp_path: Path) -> None:
+    compare(pets, tmp_path / "out", "tfidf-svm", limit=60)
+    (tmp_path / "out" / "comparison_options.json").write_text(damage)
+    with pytest.raises(UserError, match=r"is damaged; give --overwrite"):
+        compare(pets, tmp_path / "out", "tfidf-svm", limit=60)
+
+
 # ---- parts -------------------------------------------------------------------------------------
 
 
@@ -268,14 +277,14 @@ def test_speeds_are_texts_by_seconds() -> None:
     """Every text takes at least half a millisecond, so no rate may be above 2,000 a second."""
     sample = Sample.of(["one two three four"] * 300)
     system = Slow()
-    cost = benchmark.measure_cost(system, sample)  # type: ignore[arg-type]
+    cost = timing.measure_cost(system, sample)  # type: ignore[arg-type]
     assert cost == {"parameters": 3, "macs_per_token": 2.5}
-    benchmark.warm_up(system, sample)  # type: ignore[arg-type]
+    timing.warm_up(system, sample)  # type: ignore[arg-type]
     system.batches.clear()
-    rounds = [benchmark.time_round(system, sample) for _ in range(3)]  # type: ignore[arg-type]
+    rounds = [timing.time_round(system, sample) for _ in range(3)]  # type: ignore[arg-type]
     assert set(system.batches) >= {1, 32, 300}
-    summary = benchmark.summarize(rounds, sample)
-    for batch in benchmark.BATCHES:
+    summary = timing.summarize(rounds, sample)
+    for batch in timing.BATCHES:
         speed = summary[batch]
         assert 0 < speed["documents_per_second"] <= 2000
         assert speed["tokens_per_second"] == pytest.approx(4 * speed["documents_per_second"])
@@ -290,21 +299,21 @@ def test_the_fastest_batch_is_found_and_too_large_ones_are_passed_over() -> None
         batch_tokens = 0
 
         def probabilities(self, texts: list[str]) -> np.ndarray:
-            if self.batch_tokens == benchmark.BATCH_TOKENS[2]:
+            if self.batch_tokens == timing.BATCH_TOKENS[2]:
                 raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-            time.sleep(0.02 if self.batch_tokens == benchmark.BATCH_TOKENS[1] else 0.08)
+            time.sleep(0.02 if self.batch_tokens == timing.BATCH_TOKENS[1] else 0.08)
             return np.ones((len(texts), 2)) / 2
 
-    cost = benchmark.measure_cost(Network(), Sample.of(["a b"] * 9))  # type: ignore[arg-type]
-    assert cost["batch_tokens"] == benchmark.BATCH_TOKENS[1]
+    cost = timing.measure_cost(Network(), Sample.of(["a b"] * 9))  # type: ignore[arg-type]
+    assert cost["batch_tokens"] == timing.BATCH_TOKENS[1]
 
 
 def test_every_system_gets_the_same_sample() -> None:
     texts = [f"text {i} " + "word " * (i % 50) for i in range(9000)]
     one, two = Sample.of(texts), Sample.of(texts)
     assert one.texts == two.texts
-    assert one.tokens.sum() >= benchmark.BULK_TOKENS
-    assert len(Sample.of(["short"] * 9000).texts) == benchmark.BULK_TEXTS[1]
+    assert one.tokens.sum() >= timing.BULK_TOKENS
+    assert len(Sample.of(["short"] * 9000).texts) == timing.BULK_TEXTS[1]
     assert len(Sample.of(["short"] * 9).texts) == 9
 
 

@@ -319,6 +319,17 @@ def test_a_stratified_part_is_a_fair_share_of_every_class(labels: list[int], sha
         assert abs(part[label] - count * size / len(labels)) <= 2.5
 
 
+def test_of_several_folders_for_a_split_the_most_telling_is_read(tmp_path: Path) -> None:
+    for split in ("train", "training", "validation", "dev", "test"):
+        for label in ("bad", "good"):
+            (tmp_path / split / label).mkdir(parents=True)
+            for i in range(5):
+                (tmp_path / split / label / f"{i}.txt").write_text(f"{split} {label} {i}")
+    splits = load_text_dataset(str(tmp_path)).splits
+    for name, split in splits.items():
+        assert all(text.startswith(f"{name} ") for text in split.texts), name
+
+
 def glue() -> datasets.DatasetDict:
     """What `datasets.load_dataset` gives for a task of GLUE: test labels are withheld."""
     features = datasets.Features(

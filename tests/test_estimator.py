@@ -217,6 +217,16 @@ def test_warm_start_goes_on(data) -> None:
     assert np.abs(classifier.predict_proba(texts) - before).max() > 1e-3
 
 
+def test_a_warm_start_with_labels_of_another_kind_begins_anew(data) -> None:
+    texts, y, _, _ = data
+    numbers = np.unique(y, return_inverse=True)[1]
+    matrix = np.eye(numbers.max() + 1, dtype=int)[numbers]  # of the same classes
+    classifier = NiNTextClassifier(**QUICK | {"epochs": 1}, warm_start=True)
+    for labels in (numbers, matrix, numbers):
+        answers = classifier.fit(texts, labels).predict(texts)
+        assert answers.shape == np.shape(labels)
+
+
 def test_without_early_stopping_every_pass_is_made(data) -> None:
     texts, y, _, _ = data
     settings = QUICK | {"epochs": 4, "learning_rate": 1e-9, "n_iter_no_change": 1}

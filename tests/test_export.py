@@ -295,6 +295,7 @@ def test_int8_is_checked_on_the_texts_that_the_user_names(trained: Path, tmp_pat
 def test_what_cannot_be_exported_is_refused(tmp_path: Path) -> None:
     network = BaselineConfig(**NETWORKS["kim-cnn"], vocab_size=20, num_labels=2)
     BaselineForSequenceClassification(network).save_pretrained(tmp_path / "cnn")
+    train_tokenizer(["a b c"] * 2, kind="word").save_pretrained(tmp_path / "cnn")
     with pytest.raises(UserError, match=r"NiN text models alone, optimum"):
         run(tmp_path / "cnn")
     with pytest.raises(UserError, match=r"no model folder: it holds no config\.json"):

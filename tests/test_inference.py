@@ -11,10 +11,10 @@ import pandas as pd
 import pytest
 from safetensors.numpy import load_file
 
-from nin_text import load_text_dataset
+from nin_text import NiNTextClassifier, Predictor, load_text_dataset
 from nin_text.errors import UserError
 from nin_text.evaluation import classification_metrics
-from nin_text.inference import evaluate_text, predict_text
+from nin_text.inference import evaluate_text, load_predictor, predict_text
 from nin_text.options import EvaluateOptions, PredictOptions
 from nin_text.run_folder import ANSWERS_FILE
 
@@ -35,6 +35,26 @@ def test_texts_and_files_are_classified_alike(trained: Path, tmp_path: Path) -> 
     for name in ("a.txt", "a.csv", "a.parquet"):
         assert predict(trained, file=tmp_path / name) == expected
     assert predict(trained, texts=[GOOD, BAD], limit=1) == expected[:1]
+
+
+def test_a_run_on_the_hub_answers_as_the_run_does(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Packed, and cut to the length of its training."""
+    folder = shutil.copytree(trained, tmp_path / "downloaded")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics["options"]["max_length"] = 3
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    monkeypatch.setattr("nin_text.model_files.snapshot_download", lambda *_, **__: str(folder))
+    options = PredictOptions(model="someone/model")
+    assert isinstance(load_predictor(options), Predictor)
+    assert options.max_length == 3
+    texts = [GOOD, BAD]
+    assert predict(Path("someone/model"), texts=texts) == predict(folder, texts=texts)
+    evaluated = EvaluateOptions(model="someone/model", limit=10)
+    evaluate_text(evaluated)
+    assert evaluated.max_length == 3
+    assert NiNTextClassifier.load("someone/model").max_length_ == 3
 
 
 def test_the_batch_that_a_text_is_in_does_not_change_its_answer(trained: Path) -> None:

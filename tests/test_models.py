@@ -6,14 +6,17 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_bert
+from safetensors.numpy import load_file, save_file
 from transformers import BertForSequenceClassification
 
 from nin_text import NiNTextConfig, NiNTextForSequenceClassification, NiNTextModel, models
 from nin_text.errors import UserError
 from nin_text.options import TrainOptions, trained_max_length, with_recipe
+from nin_text.runs import train_text
 from nin_text.tokenization import train_tokenizer
 
 TEXTS, LABELS = ["good film", "bad film", "good plot", "so so"] * 5, [0, 1, 0, 2] * 5
@@ -110,6 +113,15 @@ def test_the_length_of_training_is_remembered(tmp_path: Path, trained: Path) -> 
     for damage in ("{", "[]", '{"options": {"max_length": "x"}}'):
         (tmp_path / "metrics.json").write_text(damage)
         assert trained_max_length(str(tmp_path)) is None
+
+
+def test_a_saved_encoder_that_is_damaged_is_not_trained_on(trained: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(trained, tmp_path / "run")
+    weights = load_file(folder / "model.safetensors")
+    weights["nin.blocks.0.norm.weight"][0] = np.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"damaged: blocks\.0\.norm\.weight holds"):
+        train_text(TrainOptions(model=str(folder), limit=60, output_dir=tmp_path / "next"))
 
 
 def test_an_encoder_alone_is_no_classifier(tmp_path: Path) -> None:

@@ -14,9 +14,12 @@ from nin_text.configuration import NETWORKS, PRESETS
 from nin_text.data import KNOWN
 from nin_text.demo_data import LABELS
 from nin_text.errors import UserError
+from nin_text.image_options import ImageBenchmarkOptions
 from nin_text.options import (
     NETWORK_NAMES,
     PRESET_NAMES,
+    BenchmarkOptions,
+    CompareOptions,
     EvaluateOptions,
     PredictOptions,
     TrainOptions,
@@ -214,3 +217,10 @@ def test_explain_takes_no_text_for_its_value(
     spelled = spelled_out(PredictOptions, ["--model", "run", *arguments])
     options = parse_options(PredictOptions, parser.parse_args(spelled))
     assert (options.explain, options.texts) == (explain, texts)
+
+
+@pytest.mark.parametrize("options", [BenchmarkOptions, ImageBenchmarkOptions])
+def test_only_a_comparison_goes_without_rounds(options: type) -> None:
+    check(CompareOptions(rounds=0))
+    with pytest.raises(UserError, match="--rounds must be at least 1, not 0"):
+        check(options(rounds=0))

@@ -11,7 +11,13 @@ import pytest
 import torch
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.svm import LinearSVC
-from transformers import BertConfig, BertForSequenceClassification, BertModel
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    T5Config,
+    T5Model,
+)
 
 from nin_text import UserError, load_text_dataset, train_tokenizer
 from nin_text.baselines import TOKEN, LinearNGrams, choose, count_tokens, weights_of
@@ -99,6 +105,22 @@ def test_a_loaded_system_gives_probabilities_for_any_text_and_knows_its_cost(
     test = topics.splits["test"]
     accuracy = (system.probabilities(test.texts).argmax(axis=1) == test.labels).mean()
     assert accuracy > (0.3 if system.kind == "frozen" else 0.6)  # four classes, 400 examples
+
+
+def test_of_an_encoder_with_a_decoder_the_encoder_is_frozen(
+    topics: TextDataset, tmp_path: Path
+) -> None:
+    tokenizer = train_tokenizer(topics.splits["train"].texts, vocab_size=300)
+    config = T5Config(
+        vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2
+    )
+    T5Model(config).save_pretrained(tmp_path / "t5")
+    tokenizer.save_pretrained(tmp_path / "t5")
+    (tmp_path / "files").mkdir()
+    system = create(f"frozen:{tmp_path / 't5'}", compare_options())
+    system.fit(topics, tmp_path / "files")
+    system.load(tmp_path / "files")
+    assert system.probabilities(TEXTS).shape == (len(TEXTS), len(topics.label_names))
 
 
 def test_nothing_that_a_system_leaves_is_a_pickle(topics: TextDataset, tmp_path: Path) -> None:

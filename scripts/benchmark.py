@@ -15,7 +15,7 @@ from nin_text.options import BenchmarkOptions, check
 EXAMPLES = """\
   python scripts/benchmark.py --quick              # about two minutes on built-in reviews
   python scripts/benchmark.py --dataset imdb
-  python scripts/benchmark.py --dataset my.csv --model runs/my-nin-text-base-seed0
+  python scripts/benchmark.py --dataset my.csv --model runs/my.csv-nin-text-base-seed0
 """
 
 

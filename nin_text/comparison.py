@@ -43,7 +43,7 @@ from nin_text.options import (
     CompareOptions,
     check,
 )
-from nin_text.run_folder import ANSWERS_FILE
+from nin_text.run_folder import ANSWERS_FILE, dataset_slug
 
 logger = logging.getLogger(__name__)
 
@@ -92,8 +92,8 @@ def compare_text(options: CompareOptions, dataset: TextDataset) -> dict[str, Any
 def _compare(
     options: CompareOptions, names: dict[str, str], dataset: TextDataset
 ) -> dict[str, Any]:
-    folder = options.output_dir or Path("comparisons") / report.slug(
-        f"{Path(options.dataset).name}-seed{options.seed}"
+    folder = options.output_dir or Path("comparisons") / (
+        f"{dataset_slug(options)}-seed{options.seed}"
     )
     _open_folder(folder, options, dataset)
     sample = Sample.of(dataset.splits["test"].texts)
@@ -176,6 +176,7 @@ def _open_folder(folder: Path, options: CompareOptions, dataset: TextDataset) ->
     """Make the output folder; refuse one that holds a comparison of something else."""
     decisive = {
         "dataset": options.dataset,
+        "dataset_config": options.dataset_config,
         "data_fingerprint": dataset.fingerprint(),
         "limit": options.limit,
         "labelled": options.labelled,

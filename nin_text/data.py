@@ -29,6 +29,7 @@ from nin_text.splits import (
 logger = logging.getLogger(__name__)
 
 MIN_LABELLED = 20
+WITHHELD = (-1, "-1", "-1.0")  # a label, as files of different kinds give it
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ class TextDataset:
         label_names: class names by index.
         splits: "train", "validation", "test"; "unsupervised" (labels -1) where there is one.
         notes: what a reader of the results must know, such as a partial training set.
+        tested_on: what the data set itself calls the split "test".
     """
 
     name: str
@@ -101,6 +103,7 @@ class TextDataset:
     label_names: list[str]
     splits: dict[str, Split]
     notes: list[str] = field(default_factory=list)
+    tested_on: str = "test"
 
     def labelled(self) -> TextDataset:
         """The same without unlabelled texts."""
@@ -164,6 +167,7 @@ def load_text_dataset(
     Raises:
         UserError: whatever is wrong with the data, in one sentence.
     """
+    _check_config(name, dataset_config)
     raw = _find(name, data_dir, dataset_config)
     if text_column is None and raw.text_columns:
         texts_from: tuple[str, ...] | None = raw.text_columns
@@ -172,17 +176,18 @@ def load_text_dataset(
     usual_column = label_column is None
     label_column = label_column or raw.label_column
     columns: dict[str, tuple[list[str], list[Any] | None]] = {}
-    notes = list(raw.notes)
+    notes, rows = list(raw.notes), 0
     for split, read in raw.tables.items():
         if split != "unsupervised" or unsupervised:
             table = read()
+            if split == "train":
+                rows = len(next(iter(table.values()), ()))
             columns[split] = _columns(table, split, texts_from, label_column, drop_empty, notes)
             if label_column is None and split != "unsupervised":
                 label_column = readers.pick_column(
                     table, None, readers.LABEL_COLUMNS, "--label-column"
                 )
-    _replace_withheld(columns, notes)
-    rows = len(columns["train"][0]) if "train" in columns else 0
+    tested_on = _replace_withheld(columns, notes)
     if rows < raw.train_rows:
         notes.append(f"partial training set: {rows:,} of the {raw.train_rows:,} rows of {name}")
     given = list(raw.label_names or []) if usual_column else []
@@ -202,7 +207,7 @@ def load_text_dataset(
         splits["unsupervised"] = _unlabelled([*before, *more])
         if limit is not None:
             splits["unsupervised"] = subset(splits["unsupervised"], limit)
-    dataset = TextDataset(name, raw.source, label_names, splits, notes)
+    dataset = TextDataset(name, raw.source, label_names, splits, notes, tested_on)
     if labelled is not None:
         dataset = _without_labels(dataset, labelled, keep_texts=unsupervised)
     announce(name, raw.source, label_names, dataset.splits, notes)
@@ -236,6 +241,7 @@ def load_split(
     Raises:
         UserError: also if the data has a class that the model does not know.
     """
+    _check_config(name, dataset_config)
     path = local_path(name)
     if path.is_file():
         notes: list[str] = []
@@ -254,7 +260,7 @@ def load_split(
         drop_empty=drop_empty,
         limit=limit,
     )
-    part = data.splits[split]
+    part = data.splits["test" if split == data.tested_on else split]
     if data.label_names != list(label_names):
         part = Split(
             part.texts,
@@ -363,11 +369,14 @@ def local_path(name: str) -> Path:
         raise UserError(f"there is no file or folder {name}") from error
 
 
-def _find(name: str, data_dir: Path | None, configuration: str | None) -> _Raw:
+def _check_config(name: str, configuration: str | None) -> None:
     if configuration is not None and (name.count("/") != 1 or local_path(name).exists()):
         raise UserError(
             f"--dataset-config is for data sets on the hub (owner/name), and {name} is none"
         )
+
+
+def _find(name: str, data_dir: Path | None, configuration: str | None) -> _Raw:
     if name in demo_data.LABELS:
         tables: dict[str, Callable[[], Table]] = {
             part: partial(dict, text=texts, label=labels)
@@ -467,7 +476,9 @@ def _from_hub(hub_id: str, places: list[str], configuration: str | None = None) 
         if places
         else "give the path of a local copy"
     )
-    return _from_datasets(load_from_hub(hub_id, advice, configuration), f"hub:{hub_id}")
+    source = f"hub:{hub_id}" + (f", {configuration}" if configuration else "")
+    option = "" if places else "--dataset-config"  # known names have what they need
+    return _from_datasets(load_from_hub(hub_id, advice, configuration, option), source)
 
 
 def _from_datasets(loaded: Any, source: str) -> _Raw:
@@ -494,15 +505,28 @@ def _from_datasets(loaded: Any, source: str) -> _Raw:
 
 def _replace_withheld(
     columns: dict[str, tuple[list[str], list[Any] | None]], notes: list[str]
-) -> None:
-    """Judge by the validation split where all labels of the test split are withheld (-1, GLUE)."""
-    labels = {split: set(map(str, part[1] or [])) for split, part in columns.items()}
-    if labels.get("test") != {"-1"} or "-1" in labels.get("train", {"-1"}):
-        return
-    del columns["test"]
-    if "validation" in columns:
-        columns["test"] = columns.pop("validation")
-        notes.append("the labels of the test split are withheld: the validation split is tested on")
+) -> str:
+    """Judge by the validation split where all labels of the test split are withheld (-1, GLUE).
+
+    Returns:
+        What the data set itself calls the split that is "test" now.
+    """
+    withheld = {
+        split
+        for split, (_, labels) in columns.items()
+        if labels and all(label in WITHHELD for label in labels)
+    }
+    train = columns.get("train", ([], None))[1] or []
+    if "test" not in withheld or any(label in WITHHELD for label in train):
+        return "test"
+    for split in withheld:
+        del columns[split]
+    if "validation" not in columns:
+        notes.append("the test split has no labels (all are -1) and is left out")
+        return "test"
+    columns["test"] = columns.pop("validation")
+    notes.append("the labels of the test split are withheld: its validation split is tested on")
+    return "validation"
 
 
 def _columns(

@@ -182,7 +182,7 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
         Args:
             X: n texts.
             y: (n,) labels, or (n, K) zeros and ones.
-            sample_weight: (n,) how often each text counts; 0 is as good as absent.
+            sample_weight: (n,) how much each text counts; 0 is as good as absent.
             unlabelled: texts of the same kind without labels. Thousands of them are worth more than
                 hundreds of further labels. They cannot go with weights or several labels a text.
 

@@ -460,7 +460,9 @@ def _validation_sample(
         return None
     else:
         try:
-            metrics = run_metrics(options.model)
+            metrics = run_metrics(models.local(options.model))
+            if not metrics:
+                raise UserError("it has no metrics.json")
             data = load_text_dataset(metrics["dataset"], **_recorded(metrics["options"], options))
         except (UserError, OSError, ValueError, KeyError, TypeError) as error:
             logger.warning("note: the validation texts of the run are not to be had (%s)", error)

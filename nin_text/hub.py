@@ -7,15 +7,20 @@ from typing import Any
 from nin_text.errors import UserError
 
 NETWORK_TIMEOUT = 5.0  # seconds
+# What `datasets` says if it needs the name of a configuration, or there is none of a name.
+CONFIGURATION_MISSING = ("Config name is missing", "BuilderConfig", "Available configs")
 
 
-def load_from_hub(hub_id: str, advice: str, configuration: str | None = None) -> Any:
+def load_from_hub(
+    hub_id: str, advice: str, configuration: str | None = None, option: str = ""
+) -> Any:
     """Load a data set, as `datasets` does, from the Hugging Face hub or its local cache.
 
     Args:
         hub_id: owner/name.
         advice: what to do if it cannot be had, the last part of the message.
         configuration: which of its configurations.
+        option: by which the user names one, if there is any.
 
     Raises:
         UserError: if it cannot be had.
@@ -35,14 +40,17 @@ def load_from_hub(hub_id: str, advice: str, configuration: str | None = None) ->
             # Older data sets are a script, which is never run; the hub keeps a Parquet copy.
             return datasets.load_dataset(hub_id, configuration, revision="refs/convert/parquet")
     except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        if option and any(words in reason for words in CONFIGURATION_MISSING):
+            raise UserError(
+                f"the data set {hub_id} has several configurations ({reason}); name one with "
+                f"{option}"
+            ) from error
         if not online:
             raise UserError(
                 f"the data set {hub_id} is not on this machine and the Hugging Face hub cannot be "
                 f"reached; {advice}, or connect to the network"
             ) from error
-        reason = " ".join(str(error).split())[:200]
-        if "config" in reason.lower():
-            advice = "name one of its configurations with --dataset-config"
         raise UserError(
             f"the data set {hub_id} could not be loaded from the Hugging Face hub ({reason}); "
             f"check the id, or {advice}"

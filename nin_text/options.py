@@ -99,7 +99,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "gradient_accumulation": (1, math.inf),
     "ema_decay": (0, 0.999999),
     "patience": (1, math.inf),
-    "rounds": (0, 1000),
+    "rounds": (1, 1000),
     "threads": (1, 1024),
     "seed": (0, 2**32 - 1),
     "image_size": (4, 1024),
@@ -420,12 +420,12 @@ def check(options: CommonOptions) -> None:
     """
     for name, (low, high) in RANGES.items():
         value = getattr(options, name, None)
+        if name == "rounds" and isinstance(options, CompareOptions):
+            low = 0  # nothing is timed
         if value is not None and not low <= value <= high:
             flag = "--" + name.replace("_", "-")
             limits = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
             raise UserError(f"{flag} must be {limits}, not {value:g}")
-    if getattr(options, "rounds", None) == 0 and not isinstance(options, CompareOptions):
-        raise UserError("--rounds must be at least 1, not 0")
     if isinstance(options, TrainOptions) and "" in (options.init_embeddings, *options.teacher):
         raise UserError("--init-embeddings and --teacher need a name; leave them out for neither")
     if isinstance(options, TrainOptions) and options.ngrams == 0 and options.pretrain_epochs:
@@ -445,8 +445,8 @@ def with_recipe(options: TrainOptions, examples: int) -> TrainOptions:
 
     Args:
         options: as given by the user.
-        examples: size of the training split. Small ones get smaller batches, unless the recipe of
-            their data set names a size, so that a pass has about `MIN_BATCHES` of them, and fewer
+        examples: size of the training split. Small ones get smaller batches, unless a data
+            set's recipe names a size, so that a pass has about `MIN_BATCHES` of them, and fewer
             pieces of words: what a few texts say of a whole word, or of n-grams of words, tells
             little of others.
     """

@@ -36,10 +36,16 @@ SUMMARY = (
 
 def folder_of(options: Any) -> Path:
     """The run folder that options name, or would have."""
-    parts = [Path(options.dataset).name, Path(options.model).name, f"seed{options.seed}"]
+    parts = [dataset_slug(options), report.slug(Path(options.model).name), f"seed{options.seed}"]
     if getattr(options, "labelled", None) is not None:
         parts.insert(1, f"labelled{options.labelled}")
-    return options.output_dir or Path("runs") / "-".join(map(report.slug, parts))
+    return options.output_dir or Path("runs") / "-".join(parts)
+
+
+def dataset_slug(options: Any) -> str:
+    """The data set that options name, as a part of the name of a folder."""
+    names = (Path(options.dataset).name, getattr(options, "dataset_config", None))
+    return "-".join(report.slug(name) for name in names if name)
 
 
 def essentials(options: Any, data_fingerprint: str) -> dict[str, Any]:
@@ -162,6 +168,7 @@ def facts(
     return {
         "dataset": options.dataset,
         "data_source": dataset.source,
+        "tested_on": getattr(dataset, "tested_on", "test"),
         "data_fingerprint": record["data_fingerprint"],
         "notes": dataset.notes,
         "label_names": dataset.label_names,

@@ -36,6 +36,7 @@ from nin_text.options import PRESET_NAMES, QUICK_LIMIT, QUICK_ROUNDS, BenchmarkO
 from nin_text.packed import FoldedBlock, PackedClassifier
 from nin_text.predictor import MODEL_FILES, Predictor
 from nin_text.processes import available_cores, environment_of_threads
+from nin_text.run_folder import dataset_slug
 from nin_text.speed_report import FASTTEXT, INT8, MINILM, SVM, headline, to_markdown
 from nin_text.speed_systems import (
     Answer,
@@ -144,7 +145,7 @@ def benchmark(options: BenchmarkOptions, dataset: TextDataset) -> dict[str, Any]
         UserError: whatever the user can mend, in one sentence.
     """
     check(options)
-    folder = options.output_dir or Path("benchmarks") / report.slug(Path(options.dataset).name)
+    folder = options.output_dir or Path("benchmarks") / dataset_slug(options)
     folder.mkdir(parents=True, exist_ok=True)
     threads = options.threads or available_cores()
     before = torch.get_num_threads()

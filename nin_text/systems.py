@@ -208,6 +208,7 @@ class TrainedNetwork(_Network):
         options = TrainOptions(
             model=self.spec,
             dataset=self.options.dataset,
+            dataset_config=self.options.dataset_config,
             unlabelled=self.options.unlabelled,
             precision=self.options.precision,
             device=self.options.device,

@@ -43,9 +43,18 @@ class Children:
 def _with_environment(
     environment: Mapping[str, str], target: Callable[..., None], args: tuple[Any, ...]
 ) -> None:
+    _begin(environment)
+    target(*args)
+
+
+def _begin(environment: Mapping[str, str]) -> None:
+    """What a new interpreter does that this process, forked from a server, has not done."""
     os.environ.clear()
     os.environ.update(environment)
-    target(*args)
+    if "OMP_NUM_THREADS" in environment:  # which torch reads when it is imported
+        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    np.random.seed()
+    torch.seed()
 
 
 def run(
@@ -93,8 +102,7 @@ def _main(
     environment: dict[str, str],
     streams: tuple[Path, Path, Path],
 ) -> None:
-    os.environ.clear()
-    os.environ.update(environment)
+    _begin(environment)
     os.chdir(folder)
     for number, (path, mode) in enumerate(zip(streams, "rww", strict=True)):
         with path.open(f"{mode}b") as file:
@@ -104,8 +112,6 @@ def _main(
     sys.stderr = open(  # noqa: SIM115
         2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False
     )
-    np.random.seed()
-    torch.seed()
     sys.argv = [str(script), *arguments]
     tests = Path(__file__).parent
     sys.path[:] = [str(script.parent), *(path for path in sys.path if Path(path) != tests)]

@@ -116,8 +116,8 @@ def test_a_second_run_fits_only_what_is_missing(pets: Path, tmp_path: Path) -> N
 def test_a_comparison_that_is_killed_goes_on(script: Script, pets: Path, tmp_path: Path) -> None:
     """Killed while the network trains: the linear model is kept, the network finished later."""
     arguments = [
-        *("--dataset", str(pets), "--models", "tfidf-svm", "kim-cnn", "--rounds", "0"),
-        *("--output-dir", "out", "--threads", "1"),
+        *("--dataset", str(pets), "--models", "tfidf-svm", "kim-cnn", "--rounds", "1"),
+        *("--reference", "tfidf-svm", "--output-dir", "out", "--threads", "1"),
     ]
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "scripts" / "compare_text.py"), *arguments],
@@ -134,7 +134,10 @@ def test_a_comparison_that_is_killed_goes_on(script: Script, pets: Path, tmp_pat
     done = tmp_path / "out" / "systems" / "tfidf-svm" / "system.json"
     before = done.stat().st_mtime_ns
     time.sleep(1)  # the child notices that its parent is gone, or comes to its end
-    assert set(script("compare_text", *arguments).result["systems"]) == {"tfidf-svm", "kim-cnn"}
+    systems = script("compare_text", *arguments).result["systems"]
+    assert set(systems) == {"tfidf-svm", "kim-cnn"}
+    assert all(entry["documents_per_second"] > 0 for entry in systems.values())
+    assert read(tmp_path / "out")["reference"] == "tfidf-svm"
     assert done.stat().st_mtime_ns == before
 
 

@@ -370,21 +370,31 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None]]:
 
 
 def test_a_configuration_of_a_hub_data_set_is_named(hub: list[tuple[str, str | None]]) -> None:
-    with pytest.raises(UserError, match=r"sst2.*name one .* with --dataset-config"):
+    with pytest.raises(UserError, match=r"several .*sst2.*name one with --dataset-config"):
         load_text_dataset("owner/glue")
     dataset = load_text_dataset("owner/glue", dataset_config="sst2")
     assert hub == [("owner/glue", None), ("owner/glue", "sst2")]
-    assert dataset.source == "hub:owner/glue"
+    assert dataset.source == "hub:owner/glue, sst2"
     assert dataset.label_names == ["no", "yes"]
     part, _, _ = load_split("owner/glue", "test", ["yes", "no"], dataset_config="sst2")
     assert part.texts == dataset.splits["test"].texts
     assert part.labels == [1 - label for label in dataset.splits["test"].labels]
 
 
-@pytest.mark.parametrize("name", ["demo_reviews", "imdb", "missing", "."])
+@pytest.mark.parametrize("name", ["demo_reviews", "imdb", "missing", ".", __file__])
 def test_only_hub_data_sets_have_configurations(name: str) -> None:
     with pytest.raises(UserError, match="--dataset-config is for data sets on the hub"):
         load_text_dataset(name, dataset_config="sst2")
+    with pytest.raises(UserError, match="--dataset-config is for data sets on the hub"):
+        load_split(name, "test", ["no", "yes"], dataset_config="sst2")
+
+
+def test_a_test_split_without_labels_alone_is_left_out_with_a_word(tmp_path: Path) -> None:
+    frame(40).to_csv(tmp_path / "train.csv", index=False)
+    frame(5).assign(label=-1.0).to_csv(tmp_path / "test.csv", index=False)
+    dataset = load_text_dataset(str(tmp_path))
+    assert len(dataset.splits["test"]) == 4
+    assert "the test split has no labels (all are -1) and is left out" in dataset.notes
 
 
 @pytest.mark.usefixtures("hub")
@@ -394,6 +404,10 @@ def test_where_test_labels_are_withheld_the_validation_split_is_tested_on() -> N
     assert all(text.startswith("train ") for text in dataset.splits["validation"].texts)
     assert len(dataset.splits["train"]) + len(dataset.splits["validation"]) == 60
     assert any("withheld" in note for note in dataset.notes)
+    assert dataset.tested_on == "validation"
+    for split in ("test", "validation"):  # never one carved from what a model was trained on
+        part, _, _ = load_split("owner/glue", split, ["no", "yes"], dataset_config="sst2")
+        assert part.texts == dataset.splits["test"].texts
 
 
 def test_a_class_called_minus_one_is_a_class(tmp_path: Path) -> None:

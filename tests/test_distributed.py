@@ -51,13 +51,18 @@ def free_port() -> int:
 
 
 def torchrun(
-    folder: Path, *arguments: object, nodes: int = 1, processes: int = 2
+    folder: Path,
+    *arguments: object,
+    script: str = "train_text",
+    nodes: int = 1,
+    processes: int = 2,
 ) -> subprocess.CompletedProcess[str]:
-    """`train_text` in two processes, of one torchrun or, as on two machines, of one each.
+    """A script in two processes, of one torchrun or, as on two machines, of one each.
 
     Args:
         folder: to work in.
         arguments: of the script.
+        script: its name.
         nodes: how many torchruns there are.
         processes: of a single torchrun.
 
@@ -71,7 +76,7 @@ def torchrun(
         subprocess.Popen(
             [
                 *(sys.executable, "-m", "torch.distributed.run", *place, "--node-rank", str(rank)),
-                *(str(ROOT / "scripts" / "train_text.py"), *map(str, arguments)),
+                *(str(ROOT / "scripts" / f"{script}.py"), *map(str, arguments)),
             ],
             cwd=folder,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -152,8 +157,9 @@ def test_all_stages_run_in_two_processes(further: tuple, stages: set[str], tmp_p
 def test_images_train_in_two_processes(tmp_path: Path) -> None:
     """With batch normalization, whose statistics differ between them until they are judged."""
     options = ("--limit", 100, "--epochs", 1, "--batch-size", 16)
-    for name in ("first", "second"):
-        ranks(tmp_path, "train_image", *options, "--output-dir", name)
+    ranks(tmp_path, "train_image", *options, "--output-dir", "first")
+    finished = torchrun(tmp_path, *options, "--output-dir", "second", script="train_image")
+    assert finished.returncode == 0, finished.stderr
     first, second = (
         load_file(tmp_path / name / "model.safetensors") for name in ("first", "second")
     )

@@ -28,6 +28,7 @@ from nin_text.options import (
     with_recipe,
 )
 from nin_text.recipes import RECIPES
+from nin_text.run_folder import folder_of
 
 
 def parse(*arguments: str) -> TrainOptions:
@@ -219,8 +220,13 @@ def test_explain_takes_no_text_for_its_value(
     assert (options.explain, options.texts) == (explain, texts)
 
 
+def test_configurations_have_folders_of_their_own() -> None:
+    options = TrainOptions(dataset="nyu-mll/glue", dataset_config="sst2", model="nin-text-small")
+    assert folder_of(options) == Path("runs/glue-sst2-nin-text-small-seed0")
+
+
 @pytest.mark.parametrize("options", [BenchmarkOptions, ImageBenchmarkOptions])
 def test_only_a_comparison_goes_without_rounds(options: type) -> None:
     check(CompareOptions(rounds=0))
-    with pytest.raises(UserError, match="--rounds must be at least 1, not 0"):
+    with pytest.raises(UserError, match="--rounds must be between 1 and 1000, not 0"):
         check(options(rounds=0))

@@ -91,6 +91,17 @@ def test_a_model_card_has_what_the_hub_reads(trained: Path) -> None:
     assert data.eval_results[0].dataset_split == "test"
 
 
+def test_a_model_card_names_the_configuration_and_the_split(trained: Path) -> None:
+    metrics = json.loads((trained / "metrics.json").read_text())
+    assert metrics["tested_on"] == "test"
+    glue = {"dataset": "nyu-mll/glue", "data_source": "hub:nyu-mll/glue, sst2"}
+    card = ModelCard(report.model_card(metrics | glue | {"tested_on": "validation"}))
+    assert card.data.datasets == ["nyu-mll/glue"]
+    result = card.data.eval_results[0]
+    assert (result.dataset_type, result.dataset_config) == ("nyu-mll/glue", "sst2")
+    assert result.dataset_split == "validation"
+
+
 def test_a_model_card_names_the_data_set_of_the_hub_and_no_local_folder(trained: Path) -> None:
     metrics = json.loads((trained / "metrics.json").read_text())
     card = report.model_card(

@@ -17,6 +17,7 @@ from nin_text.evaluation import classification_metrics
 from nin_text.inference import evaluate_text, load_predictor, predict_text
 from nin_text.options import EvaluateOptions, PredictOptions
 from nin_text.run_folder import ANSWERS_FILE
+from nin_text.transfer import Teacher
 
 GOOD, BAD = "The plot is witty .", "The plot is not witty at all ."
 
@@ -55,6 +56,7 @@ def test_a_run_on_the_hub_answers_as_the_run_does(
     evaluate_text(evaluated)
     assert evaluated.max_length == 3
     assert NiNTextClassifier.load("someone/model").max_length_ == 3
+    assert Teacher("someone/model", ["negative", "positive"]).max_length == 3
 
 
 def test_the_batch_that_a_text_is_in_does_not_change_its_answer(trained: Path) -> None:

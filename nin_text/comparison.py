@@ -92,7 +92,7 @@ def compare_text(options: CompareOptions, dataset: TextDataset) -> dict[str, Any
 def _compare(
     options: CompareOptions, names: dict[str, str], dataset: TextDataset
 ) -> dict[str, Any]:
-    folder = options.output_dir or Path("comparisons") / (
+    folder = options.output_dir or Path("comparisons") / report.slug(
         f"{dataset_slug(options)}-seed{options.seed}"
     )
     _open_folder(folder, options, dataset)

@@ -241,9 +241,9 @@ def load_split(
     Raises:
         UserError: also if the data has a class that the model does not know.
     """
-    _check_config(name, dataset_config)
     path = local_path(name)
     if path.is_file():
+        _check_config(name, dataset_config)
         notes: list[str] = []
         columns = None if text_column is None else (text_column,)
         table = readers.read_file(path)
@@ -438,7 +438,6 @@ def _read_folder(folder: Path) -> _Raw:
             raw.notes.append(f"the training file {files['train'][0].name} is a subset")
         return raw
     names = readers.pick_splits(lambda name: (folder / name).is_dir())
-    names.pop("unsupervised", None)  # a class of that name, or what is looked for below
     parts = {split: folder / name for split, name in names.items()}
     if parts:  # aclImdb and its like: train/<class>/*.txt
         tables: dict[str, Callable[[], Table]] = {
@@ -487,7 +486,7 @@ def _from_datasets(loaded: Any, source: str) -> _Raw:
 
     parts = loaded if isinstance(loaded, dict) else {"train": loaded}
     raw = _Raw(source, {})
-    for split, name in readers.pick_splits(parts.__contains__).items():
+    for split, name in readers.pick_splits(parts.__contains__, readers.SPLIT_NAMES).items():
         raw.tables[split] = parts[name].to_dict
     if not raw.tables:
         raise UserError(f"{source} has no split named train or test, only {', '.join(parts)}")

@@ -358,15 +358,15 @@ def export_onnx(options: ExportOptions) -> dict[str, Any]:
     """
     _check_installed()
     check(options)
-    model, tokenizer = _load(options.model)
+    run = models.local(options.model)
+    model, tokenizer = _load(run)
     folder = options.output_dir
     if folder is None:
         if not Path(options.model).is_dir():
             raise UserError(f"{options.model} is no local folder; say where to with --output-dir")
         folder = Path(options.model) / "onnx"
-    trained = trained_max_length(models.local(options.model))
-    max_length = truncation(tokenizer, trained).get("max_length")
-    sample = _validation_sample(options, model)
+    max_length = truncation(tokenizer, trained_max_length(run)).get("max_length")
+    sample = _validation_sample(options, model, run)
     rows, labels, source = _encoded(sample, tokenizer, max_length, model.config.vocab_size)
     about: dict[str, Any] = {
         "labels": models.label_names(model),
@@ -444,7 +444,7 @@ def _load(folder: str) -> tuple[NiNTextForSequenceClassification, PreTrainedToke
 
 
 def _validation_sample(
-    options: ExportOptions, model: NiNTextForSequenceClassification
+    options: ExportOptions, model: NiNTextForSequenceClassification, run: str
 ) -> tuple[Split, str] | None:
     """Labelled texts for the check of int8, and where they are from; None if there are none."""
     names = models.label_names(model)
@@ -460,7 +460,7 @@ def _validation_sample(
         return None
     else:
         try:
-            metrics = run_metrics(models.local(options.model))
+            metrics = run_metrics(run)
             if not metrics:
                 raise UserError("it has no metrics.json")
             data = load_text_dataset(metrics["dataset"], **_recorded(metrics["options"], options))

@@ -313,7 +313,6 @@ def _read_class_folders(folder: Path, size: int | None) -> Found:
     of_splits = pick_splits(  # not the class of trains
         lambda name: (folder / name).is_dir() and bool(_subfolders(folder / name))
     )
-    of_splits.pop("unsupervised", None)
     parts = {split: folder / name for split, name in of_splits.items()}
     splits: Splits = {}
     for split, part in (parts or {"train": folder}).items():
@@ -362,9 +361,7 @@ def _from_datasets(loaded: Any, source: str, size: int | None) -> Found:
     parts = loaded if isinstance(loaded, dict) else {"train": loaded}
     splits: Splits = {}
     label_names: Sequence[str] | None = None
-    names = pick_splits(parts.__contains__)
-    names.pop("unsupervised", None)
-    for split, name in names.items():
+    for split, name in pick_splits(parts.__contains__).items():
         part = parts[name]
         image = _column(part.column_names, IMAGE_COLUMNS, source)
         label = _column(part.column_names, LABEL_COLUMNS, source)

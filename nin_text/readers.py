@@ -50,6 +50,7 @@ SPLIT_NAMES = {
     "test": ("test", "testing"),
     "unsupervised": ("unsupervised", "unlabelled", "unlabeled", "unsup"),
 }
+LABELLED_SPLITS = ("train", "validation", "test")
 
 
 def suffix_of(path: Path) -> str:
@@ -402,13 +403,16 @@ def split_files(folder: Path) -> dict[str, list[Path]]:
     return {split: paths for split, paths in found.items() if paths}
 
 
-def pick_splits(there: Callable[[str], bool]) -> dict[str, str]:
+def pick_splits(
+    there: Callable[[str], bool], splits: Iterable[str] = LABELLED_SPLITS
+) -> dict[str, str]:
     """For each split the name that it has: of several, the most telling one.
 
     Args:
         there: whether something of a name exists.
+        splits: which ones to look for, of `SPLIT_NAMES`.
     """
-    found = {split: next(filter(there, names), None) for split, names in SPLIT_NAMES.items()}
+    found = {split: next(filter(there, SPLIT_NAMES[split]), None) for split in splits}
     return {split: name for split, name in found.items() if name is not None}
 
 

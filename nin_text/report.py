@@ -259,7 +259,7 @@ def _kind(metrics: dict[str, Any]) -> str:
 def _card_data(metrics: dict[str, Any], name: str) -> ModelCardData:
     """What the hub reads of a card."""
     kind = _kind(metrics)
-    hub_id, on_hub = _hub_id(metrics), metrics["data_source"].startswith("hub:")
+    hub_id = _hub_id(metrics)
     dataset = _without_folders(metrics["dataset"])
     values = {
         "accuracy": ("accuracy", metrics["test"]["accuracy"]),
@@ -279,7 +279,7 @@ def _card_data(metrics: dict[str, Any], name: str) -> ModelCardData:
                 task_name=f"{kind.capitalize()} classification",
                 dataset_type=hub_id or slug(dataset),
                 dataset_name=dataset,
-                dataset_config=metrics["data_source"].partition(", ")[2] if on_hub else None,
+                dataset_config=metrics["options"].get("dataset_config"),
                 dataset_split=metrics.get("tested_on", "test"),
                 metric_type=metric,
                 metric_name=title,
@@ -292,10 +292,10 @@ def _card_data(metrics: dict[str, Any], name: str) -> ModelCardData:
 
 def _hub_id(metrics: dict[str, Any]) -> str | None:
     """The data set's id on the hub, though a local copy of it may have been read."""
-    if metrics["data_source"].startswith("hub:"):
-        return str(metrics["data_source"].removeprefix("hub:").partition(", ")[0])
-    known = image_data.KNOWN if _kind(metrics) == "image" else data.KNOWN
-    return known[metrics["dataset"]].hub_id if metrics["dataset"] in known else None
+    known, name = image_data.KNOWN if _kind(metrics) == "image" else data.KNOWN, metrics["dataset"]
+    if name in known:
+        return str(known[name].hub_id)
+    return str(name) if metrics["data_source"].startswith("hub:") else None
 
 
 def _source(metrics: dict[str, Any]) -> str:

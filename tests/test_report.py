@@ -95,6 +95,7 @@ def test_a_model_card_names_the_configuration_and_the_split(trained: Path) -> No
     metrics = json.loads((trained / "metrics.json").read_text())
     assert metrics["tested_on"] == "test"
     glue = {"dataset": "nyu-mll/glue", "data_source": "hub:nyu-mll/glue, sst2"}
+    glue["options"] = metrics["options"] | {"dataset_config": "sst2"}
     card = ModelCard(report.model_card(metrics | glue | {"tested_on": "validation"}))
     assert card.data.datasets == ["nyu-mll/glue"]
     result = card.data.eval_results[0]

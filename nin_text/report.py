@@ -279,7 +279,7 @@ def _card_data(metrics: dict[str, Any], name: str) -> ModelCardData:
                 task_name=f"{kind.capitalize()} classification",
                 dataset_type=hub_id or slug(dataset),
                 dataset_name=dataset,
-                dataset_config=metrics["options"].get("dataset_config"),
+                dataset_config=metrics.get("options", {}).get("dataset_config"),
                 dataset_split=metrics.get("tested_on", "test"),
                 metric_type=metric,
                 metric_name=title,

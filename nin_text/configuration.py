@@ -5,6 +5,7 @@ There is no `from __future__ import annotations` here: `strict` reads the types 
 Literal that has become a string would not be checked.
 """
 
+import math
 from dataclasses import field
 from typing import Any, Final, Literal, Self
 
@@ -90,6 +91,7 @@ class NiNTextConfig(PreTrainedConfig):
         ngram_size: tokens of the longest n-gram whose evidence is added to the network's (see
             `ngrams.py`); 0 for the network alone.
         ngram_buckets: rows of the hashed table of n-gram evidence.
+        ngram_smoothing: added to every count when that table is fitted.
         pad_token_id: embedding row that stays zero.
     """
 
@@ -112,6 +114,7 @@ class NiNTextConfig(PreTrainedConfig):
     label_smoothing: float | int = 0.0
     ngram_size: int = 0
     ngram_buckets: int = 2**20
+    ngram_smoothing: float | int = 0.5
     pad_token_id: int | None = 0
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -144,6 +147,8 @@ class NiNTextConfig(PreTrainedConfig):
             raise ValueError(
                 f"ngram_size must not be negative, nor above {MAX_NGRAM}, as {self.ngram_size} is"
             )
+        if not 0 < self.ngram_smoothing < math.inf:
+            raise ValueError(f"ngram_smoothing must be positive, not {self.ngram_smoothing}")
         if sum(map(len, [*self.block_channels, *self.kernel_sizes])) > MAX_LAYERS:
             raise ValueError(f"there are more than {MAX_LAYERS} layers")
         reach = max(

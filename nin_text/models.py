@@ -88,6 +88,7 @@ def build(
         "ngram_size": options.ngrams,
         "ngram_buckets": options.ngram_buckets
         or _ngram_buckets(texts, options.ngrams, len(label_names)),
+        "ngram_smoothing": options.ngram_smoothing,
         "class_weights": _class_weights(options, labels, len(label_names)),
     }
     given = {key: value for key, value in overrides.items() if value is not None}

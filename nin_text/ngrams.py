@@ -32,7 +32,7 @@ PRIME = 2_147_483_647
 MULTIPLIER = 1_000_003
 SCRAMBLE = 1_640_531_527  # spreads neighbouring values, whose order is that of the token ids
 
-SMOOTHING = 0.5  # added to every count of naive Bayes
+SMOOTHING = 0.5  # added to every count of naive Bayes, unless told otherwise
 INVERSE_REGULARIZATION = 1.0  # C of the logistic regression
 LEAST_TEXTS = 2  # that an n-gram must be in: what a single text has tells little of others
 CHUNK_TOKENS = 2**18  # whose n-grams are held at once
@@ -182,12 +182,16 @@ class NGramEvidence(nn.Module):
         size: tokens of the longest n-gram.
         buckets: rows of the table.
         num_labels: K.
+        smoothing: for `fit`, added to every count of naive Bayes.
     """
 
-    def __init__(self, size: int, buckets: int, num_labels: int) -> None:
+    def __init__(
+        self, size: int, buckets: int, num_labels: int, smoothing: float = SMOOTHING
+    ) -> None:
         super().__init__()
         self.size = size
         self.buckets = buckets
+        self.smoothing = smoothing
         # Buffers: no optimizer touches them, `fit` and `fuse` set them.
         self.register_buffer("weight", torch.zeros(buckets, num_labels))
         self.register_buffer("bias", torch.zeros(num_labels))
@@ -298,7 +302,11 @@ def fit(
     texts = np.bincount(counts.indices, minlength=1)
     common = np.flatnonzero(texts >= min(LEAST_TEXTS, texts.max()))
     weight, bias = fit_linear(
-        counts[:, common], labels, len(branch.bias), sample_weight=sample_weight
+        counts[:, common],
+        labels,
+        len(branch.bias),
+        smoothing=branch.smoothing,
+        sample_weight=sample_weight,
     )
     device = branch.weight.device
     branch.weight.zero_()
@@ -312,7 +320,7 @@ def fit_linear(
     classes: int,
     *,
     c: float = INVERSE_REGULARIZATION,
-    smoothing: float = SMOOTHING,
+    smoothing: float,
     sample_weight: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """One NB-weighted logistic regression for each class against all others; of two, one does.
@@ -406,7 +414,7 @@ def held_out_logits(
     """
     parts = folds(len(rows))
     logits = np.zeros((len(rows), len(branch.bias)))  # (n, K)
-    other = NGramEvidence(branch.size, branch.buckets, len(branch.bias))
+    other = NGramEvidence(branch.size, branch.buckets, len(branch.bias), branch.smoothing)
     for rest, held in parts:
         weight = None if sample_weight is None else sample_weight[rest]
         fit(other, [rows[i] for i in rest], labels[rest], class_weights, weight)

@@ -55,6 +55,7 @@ DEFAULT_SYSTEMS = ("nin-text-small", "nin-text-base", FASTTEXT, *LINEAR_NAMES, "
 QUICK_LIMIT, QUICK_ROUNDS = 1000, 2
 
 MIN_BATCHES = 50
+TEXTS_A_COUNT = 4500  # that one count of smoothing wants
 MIN_VOCABULARY = 500  # of pieces of words
 PRECISIONS = ("auto", "bf16", "fp32")
 EXPLAIN_FORMATS = ("text", "html")
@@ -69,8 +70,8 @@ PRECISION_HELP = "bf16, fp32, or auto for bf16 where the processor multiplies it
 # tokenizer of our choice.
 NIN_ONLY = (
     "pooling pointwise_layers word_dropout dropout class_weights label_smoothing ngrams "
-    "ngram_buckets pretrain_epochs pretrain_learning_rate mlm_probability self_training_epochs "
-    "init_embeddings teacher unlabelled_file compile"
+    "ngram_buckets ngram_smoothing pretrain_epochs pretrain_learning_rate mlm_probability "
+    "self_training_epochs init_embeddings teacher unlabelled_file compile"
 ).split()
 ENCODER_OPTIONS = "pooling pointwise_layers init_embeddings".split()
 TOKENIZER_OPTIONS = "tokenizer vocab_size lowercase".split()
@@ -87,6 +88,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "label_smoothing": (0, 0.99),
     "ngrams": (0, 8),
     "ngram_buckets": (1, 2**26),
+    "ngram_smoothing": (1e-6, 1e6),
     "pretrain_epochs": (0, math.inf),
     "pretrain_learning_rate": (1e-12, 10),
     "self_training_epochs": (0, math.inf),
@@ -215,6 +217,9 @@ class TrainOptions(CommonOptions, LearningOptions):
     ngrams: int = option("tokens of the longest n-gram whose evidence is added (0: none)")
     ngram_buckets: int | None = option(
         "rows of the hashed table of n-gram evidence (default: about as many as there are n-grams)"
+    )
+    ngram_smoothing: float = option(
+        "added to every count of an n-gram: the more, the less is made of rare ones"
     )
     pretrain_epochs: int = option(
         "first, passes over the training split and any unlabelled texts in which the network "
@@ -448,7 +453,7 @@ def with_recipe(options: TrainOptions, examples: int) -> TrainOptions:
         examples: size of the training split. Small ones get smaller batches, unless a data
             set's recipe names a size, so that a pass has about `MIN_BATCHES` of them, and fewer
             pieces of words: what a few texts say of a whole word, or of n-grams of words, tells
-            little of others.
+            little of others. N-grams of few texts are also smoothed less.
     """
     recipe, most = dict(RECIPES["default"]), max(4, examples // MIN_BATCHES)
     recipe["batch_size"] = min(recipe["batch_size"], most)
@@ -465,6 +470,9 @@ def with_recipe(options: TrainOptions, examples: int) -> TrainOptions:
     else:
         _check_honoured(options)
         recipe |= RECIPES[options.model if options.model in NETWORK_NAMES else "fine-tuning"]
+    # What suits many texts is too much for few.
+    most_smoothing = max(RECIPES["default"]["ngram_smoothing"], examples / TEXTS_A_COUNT)
+    recipe["ngram_smoothing"] = min(recipe["ngram_smoothing"], most_smoothing)
     if (options.tokenizer or recipe["tokenizer"]) != "word":
         recipe["vocab_size"] = min(recipe["vocab_size"], max(MIN_VOCABULARY, examples))
     missing = {name: value for name, value in recipe.items() if getattr(options, name) is None}

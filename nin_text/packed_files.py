@@ -11,6 +11,7 @@ weights do not hold.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -99,6 +100,7 @@ FIELDS: dict[str, Callable[[Any], bool]] = {
     "word_dropout": _is_share,
 }
 OPTIONAL_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "ngram_smoothing": lambda value: type(value) in (int, float) and 0 < value < math.inf,
     "problem_type": lambda value: value == "single_label_classification",
     "use_cache": _is_flag,  # which the Trainer leaves
 }

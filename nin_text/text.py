@@ -291,7 +291,7 @@ class NiNTextForSequenceClassification(NiNTextPreTrainedModel):
         self.nin = NiNTextModel(config)
         self.classifier = nn.Linear(config.hidden_size, classes)
         self.ngrams = (
-            NGramEvidence(config.ngram_size, config.ngram_buckets, classes)
+            NGramEvidence(config.ngram_size, config.ngram_buckets, classes, config.ngram_smoothing)
             if config.ngram_size
             else None
         )

@@ -137,6 +137,20 @@ def test_fit_finds_what_tells_classes_apart() -> None:
     assert (ngrams.predict(words, rows).argmax(axis=1) == labels).mean() < 0.8
 
 
+def test_the_more_smoothing_the_less_is_made_of_a_rare_ngram_also_of_held_out_texts() -> None:
+    rows = [np.array([5 + i % 2, 7 + i % 2] if i < 4 else [5 + i % 2]) for i in range(60)]
+    labels = np.arange(60) % 2
+    shares, held_out = [], []
+    for smoothing in (0.1, 1.0, 20.0):
+        branch = ngrams.NGramEvidence(1, BUCKETS, 2, smoothing)
+        ngrams.fit(branch, rows, labels)
+        shares.append(float(branch.weight[bucket([8]), 1] / branch.weight[bucket([6]), 1]))
+        held_out.append(ngrams.held_out_logits(branch, rows, labels))
+    assert 1 > shares[0] > shares[1] > shares[2] > 0
+    assert all(logits is not None for logits in held_out)
+    assert not np.allclose(held_out[0], held_out[2], rtol=0.1)
+
+
 def test_an_ngram_of_a_single_text_gets_no_weight_unless_all_are_so_rare() -> None:
     rows = [np.array([5, 8]), np.array([6, 8]), np.array([5, 9]), np.array([6, 7])]
     labels = np.array([0, 1, 0, 1])

@@ -52,6 +52,14 @@ def test_arguments_become_options_of_their_type() -> None:
     assert options.resume
 
 
+def test_ngrams_of_many_reviews_are_smoothed_more_unless_told_otherwise() -> None:
+    many, few = (with_recipe(parse("--dataset", "imdb"), n).ngram_smoothing for n in (22_500, 500))
+    assert many == 5 and few == 0.5
+    assert with_recipe(parse("--dataset", "ag_news"), 45_000).ngram_smoothing == 0.5
+    told = with_recipe(parse("--dataset", "imdb", "--ngram-smoothing", "7"), 500)
+    assert told.ngram_smoothing == 7
+
+
 def test_the_recipe_fills_in_what_was_left_open_and_nothing_else() -> None:
     options = with_recipe(parse("--dataset", "imdb", "--batch-size", "7"), 25_000)
     assert options.batch_size == 7

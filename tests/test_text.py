@@ -368,6 +368,8 @@ def test_ngrams_are_left_out_of_training_and_rescaled_with_the_network() -> None
         ({"hidden_act": "tanh"}, "hidden_act"),
         ({"vocab_size": 0}, "positive"),
         ({"ngram_buckets": 0}, "positive"),
+        ({"ngram_smoothing": 0.0}, "ngram_smoothing must be positive"),
+        ({"ngram_smoothing": float("nan")}, "ngram_smoothing must be positive"),
         ({"ngram_size": -1}, "ngram_size must not be negative"),
         ({"kernel_sizes": [[3], [3]]}, "kernel_sizes has 2 entries for 1 blocks"),
         ({"block_channels": [[]]}, "at least one"),

@@ -28,6 +28,8 @@ CHECKPOINTS = "checkpoints"  # what a resumed run needs
 ANSWERS_FILE = "answers.safetensors"  # class probabilities (n, K) of "validation" and "test"
 # Options that do not change what is trained: a resumed run may differ in them.
 INCIDENTAL = {"data_dir", "device", "explain", "output_dir", "quiet", "resume", "verbose"}
+# Values of options that came later, in runs from before. Any other was off.
+BEFORE = {"ngram_smoothing": 0.5}
 SUMMARY = (
     "dataset model seed parameters validation_accuracy test_accuracy test_macro_f1 train_seconds "
     "peak_memory_mb output_dir"
@@ -80,7 +82,8 @@ def _begun(checkpoints: Path) -> bool:
 
 
 def _is_same(before: dict[str, Any], name: str, value: Any) -> bool:
-    """Whether an option was the same before; one that came later was off."""
+    """Whether an option was the same before; one that came later was off, or as in `BEFORE`."""
+    before = BEFORE | before
     if name not in before:
         return not value
     old = before[name]
@@ -98,8 +101,9 @@ def _check_same(record: dict[str, Any], path: Path, folder: Path) -> None:
         raise UserError(f"{path} is damaged; start anew without --resume")
     for name, value in record.items():
         if not _is_same(before, name, value):
+            was = (BEFORE | before).get(name)
             raise UserError(
-                f"the run in {folder} has {name.replace('_', ' ')} {before.get(name)}, not {value};"
+                f"the run in {folder} has {name.replace('_', ' ')} {was}, not {value};"
                 f" repeat its options to resume it, or give another --output-dir"
             )
 

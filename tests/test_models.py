@@ -13,9 +13,16 @@ from conftest import tiny_bert
 from safetensors.numpy import load_file, save_file
 from transformers import BertForSequenceClassification
 
-from nin_text import NiNTextConfig, NiNTextForSequenceClassification, NiNTextModel, models
+from nin_text import (
+    NiNTextConfig,
+    NiNTextForSequenceClassification,
+    NiNTextModel,
+    models,
+    ngrams,
+)
 from nin_text.errors import UserError
 from nin_text.options import TrainOptions, trained_max_length, with_recipe
+from nin_text.recipes import RECIPES
 from nin_text.runs import train_text
 from nin_text.tokenization import train_tokenizer
 
@@ -35,6 +42,16 @@ def test_a_preset_is_built_for_the_data() -> None:
     assert model.config.pooling == "mean"
     assert model.config.hidden_dropout == 0.25
     assert model.config.class_weights is None
+
+
+def test_ngrams_are_fitted_with_the_smoothing_asked_for(tmp_path: Path) -> None:
+    model, tokenizer = build(model="nin-text-small", ngram_smoothing=3.0)
+    assert model.ngrams.smoothing == model.config.ngram_smoothing == 3
+    models.save(model, tmp_path, "float32")
+    tokenizer.save_pretrained(tmp_path)
+    again, _ = build(model=str(tmp_path))  # everything but the encoder is new
+    assert again.ngrams.smoothing == RECIPES["default"]["ngram_smoothing"]
+    assert again.ngrams.smoothing == NiNTextConfig().ngram_smoothing == ngrams.SMOOTHING
 
 
 def test_balanced_class_weights_give_every_class_the_same_say() -> None:

@@ -76,12 +76,13 @@ def test_a_resumed_run_must_have_the_same_options_and_data(tmp_path: Path) -> No
             train_text(TrainOptions(**options, resume=True))
 
 
-def test_an_option_that_came_later_was_off_in_runs_before(tmp_path: Path) -> None:
+def test_an_option_that_came_later_was_off_or_fixed_in_runs_before(tmp_path: Path) -> None:
     options = {**QUICK, "output_dir": tmp_path / "run"}
     first = train_text(TrainOptions(**options))
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     record = json.loads((tmp_path / "run" / "options.json").read_text())
     assert metrics["options"].pop("mlm_probability") == record.pop("mlm_probability") == 0
+    assert metrics["options"].pop("ngram_smoothing") == record.pop("ngram_smoothing") == 0.5
     metrics["options"]["teacher"] = record["teacher"] = None  # it was one name, or none
     (tmp_path / "run" / "metrics.json").write_text(json.dumps(metrics))
     (tmp_path / "run" / "options.json").write_text(json.dumps(record))
@@ -91,6 +92,8 @@ def test_an_option_that_came_later_was_off_in_runs_before(tmp_path: Path) -> Non
     assert resumed["test_accuracy"] == first["test_accuracy"]
     with pytest.raises(UserError, match=r"mlm probability None, not 0\.1"):
         train_text(TrainOptions(**options, resume=True, mlm_probability=0.1))
+    with pytest.raises(UserError, match=r"ngram smoothing 0\.5, not 5"):
+        train_text(TrainOptions(**options, resume=True, ngram_smoothing=5.0))
 
 
 def test_a_run_killed_while_its_checkpoints_are_removed_is_finished(

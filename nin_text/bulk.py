@@ -15,6 +15,7 @@ import io
 import itertools
 import json
 import logging
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -81,6 +82,8 @@ def score_files(options: PredictOptions) -> dict[str, Any]:
     started = time.perf_counter()
     options = dataclasses.replace(options)  # what is left open will be filled in
     files, output = _check(options)
+    if options.engine == "ray":
+        options.device = "cpu"
     scorer = Scorer(options)
     record = _record(options, files, scorer)
     rows = _open(options, output, record)
@@ -146,8 +149,10 @@ def _check(options: PredictOptions) -> tuple[list[Path], Path]:
     """Input files and output; whatever can be refused at once is."""
     if options.file is None or options.output is None or options.texts:
         raise UserError("--output takes the texts of --file alone; name the file, or leave it out")
-    if options.explain:
+    if options.explain or options.explain_file is not None:
         raise UserError("--explain shows texts one by one; leave it out with --output")
+    if options.ray_address is not None and options.engine != "ray":
+        raise UserError("--ray-address needs --engine ray")
     if options.engine == "ray" and options.device not in ("auto", "cpu"):
         raise UserError("--engine ray computes on CPU cores; leave out --device")
     output = options.output
@@ -164,15 +169,26 @@ def _check(options: PredictOptions) -> tuple[list[Path], Path]:
             raise UserError(f"{output} exists; replace it with --overwrite, or name another")
     # An earlier start may have left its answers in the folder of the texts.
     ours = (output.resolve(), _manifest(output).resolve())
-    files = [path for path in readers.find_files(options.file) if path.resolve() not in ours]
+    files = [
+        path
+        for path in readers.find_files(options.file)
+        if path.resolve() not in ours and _parts(output).resolve() not in path.resolve().parents
+    ]
     if not files:
         raise UserError(f"there are no texts in {options.file} but the --output itself")
     # A wrong column and the like are refused before anything is written.
-    next(readers.stream_texts(files[0], options.text_column, options.id_column))
-    for path in files[1:]:
+    for path in files:
         if not path.stat().st_size:
             raise UserError(f"{path} is empty")
-    return files, output
+    without: readers.NoRowsError | None = None
+    for path in files:
+        try:
+            next(readers.stream_texts(path, options.text_column, options.id_column))
+            return files, output
+        except readers.NoRowsError as error:
+            without = without or error
+    assert without is not None
+    raise without
 
 
 def _record(options: PredictOptions, files: Sequence[Path], scorer: Scorer) -> dict[str, Any]:
@@ -237,6 +253,8 @@ def read_parts(
 ) -> Iterator[Part]:
     """Cut files into parts; of those in `whole` the rows are counted and not kept.
 
+    A file without rows has no part.
+
     Raises:
         UserError: as of `stream_texts`, with the number of the last good row.
     """
@@ -246,12 +264,15 @@ def read_parts(
         rows = readers.stream_texts(path, options.text_column, options.id_column)
         if left is not None:
             rows = itertools.islice(rows, left)
-        for number, (share, texts, ids) in enumerate(_cut(rows)):
-            part = Part(f"{index:05}-{number:07}", index, done + 1, len(texts), share)
-            if part.name not in whole:
-                part.texts, part.ids = texts, ids
-            yield part
-            done += part.rows
+        try:
+            for number, (share, texts, ids) in enumerate(_cut(rows)):
+                part = Part(f"{index:05}-{number:07}", index, done + 1, len(texts), share)
+                if part.name not in whole:
+                    part.texts, part.ids = texts, ids
+                yield part
+                done += part.rows
+        except readers.NoRowsError as error:  # one of many: not all of them are such
+            logger.warning("%s", error)
         if left is not None:
             left -= done
             if left == 0:
@@ -275,7 +296,9 @@ def _cut(
                 yield share, texts, ids
                 texts, ids, characters = [], [], 0
     except UserError as error:
-        raise UserError(f"{error} (after row {seen:,})" if seen else str(error)) from error
+        if not seen:
+            raise
+        raise UserError(f"{error} (after row {seen:,})") from error
     if texts:
         yield share, texts, ids
 
@@ -284,7 +307,8 @@ def _plain(key: Any) -> Any:
     """The name of a row as JSON can say it."""
     if key is None or key != key:
         return None
-    return key if isinstance(key, int) else clean(str(key))
+    plain = isinstance(key, int) or (isinstance(key, float) and math.isfinite(key))
+    return key if plain else clean(str(key))
 
 
 class Scorer:
@@ -360,9 +384,19 @@ def _to_jsonl(columns: Columns, names: Sequence[str]) -> bytes:
     return ("\n".join(lines) + "\n").encode("utf-8", "replace")
 
 
+class _Lines(io.StringIO):
+    """Rows of a csv.writer, each ended by a line feed.
+
+    Told to end them so, the writer would not quote a carriage return, which ends a row for readers.
+    """
+
+    def write(self, row: str) -> int:
+        return super().write(row.removesuffix("\r\n") + "\n")
+
+
 def _to_csv(columns: Columns, names: Sequence[str]) -> bytes:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+    text = _Lines()
+    writer = csv.writer(text)
     writer.writerow(columns)
     writer.writerows(zip(*columns.values(), strict=True))
     return text.getvalue().encode("utf-8", "replace")
@@ -406,9 +440,9 @@ def _join(parts: Sequence[Path], target: Path) -> None:
 
 def _csv_header(path: Path) -> bytes:
     """The first row as it is written; a class name may hold a line end."""
-    text = io.StringIO()
+    text = _Lines()
     with path.open(encoding="utf-8", newline="") as file:
-        csv.writer(text, lineterminator="\n").writerow(next(csv.reader(file)))
+        csv.writer(text).writerow(next(csv.reader(file)))
     return text.getvalue().encode()
 
 

@@ -22,7 +22,7 @@ def pick_device(name: str) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # "meta" computes nothing
     except Exception as error:
         raise UserError(f"there is no device {name!r} here; use --device cpu or auto") from error
     return device

@@ -37,6 +37,7 @@ from nin_text.errors import UserError
 from nin_text.evaluation import batches_by_length, pad
 from nin_text.ngrams import NGramEvidence, ngram_buckets
 from nin_text.options import (
+    CONFIG_FILE,
     TOKENIZER_FILE,
     ExportOptions,
     check,
@@ -365,6 +366,8 @@ def export_onnx(options: ExportOptions) -> dict[str, Any]:
         if not Path(options.model).is_dir():
             raise UserError(f"{options.model} is no local folder; say where to with --output-dir")
         folder = Path(options.model) / "onnx"
+    if (folder / CONFIG_FILE).exists():
+        raise UserError(f"{folder} holds a model, which is kept; name another --output-dir")
     max_length = truncation(tokenizer, trained_max_length(run)).get("max_length")
     sample = _validation_sample(options, model, run)
     rows, labels, source = _encoded(sample, tokenizer, max_length, model.config.vocab_size)
@@ -559,5 +562,5 @@ def _move(aside: Path, folder: Path, about: dict[str, Any]) -> None:
     folder.mkdir(exist_ok=True)
     for name in (ABOUT_FILE, INT8_FILE):  # an int8 model of before would be another model's
         (folder / name).unlink(missing_ok=True)
-    report.move_files(aside, folder)
+    report.move_files(aside, folder, last=MODEL_FILE)
     report.write_json(folder / ABOUT_FILE, about)

@@ -47,8 +47,10 @@ def deletion_test(
         has, text by text.
 
     Raises:
-        ValueError: if no text has two tokens.
+        ValueError: if no text has two tokens, or `most` is below one.
     """
+    if most < 1:
+        raise ValueError(f"most must be at least one token to delete, not {most}")
     rows = [row for row in rows if len(row) > 1]
     if not rows:
         raise ValueError("no text has two tokens: there is nothing to delete")

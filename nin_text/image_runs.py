@@ -48,6 +48,9 @@ def train_image(options: ImageTrainOptions, dataset: ImageDataset | None = None)
     folder = run_folder.folder_of(options)
     record = run_folder.essentials(options, dataset.fingerprint())
     if options.resume and (finished := run_folder.finished_run(folder, record)) is not None:
+        if options.explain and not (folder / report.CLASS_MAPS_FILE).is_file():
+            saved = NiNImageForImageClassification.from_pretrained(folder)
+            report.write_text(folder / report.CLASS_MAPS_FILE, _class_maps(options, dataset, saved))
         return finished
     keep_freed_memory()
     set_seed(options.seed)
@@ -143,6 +146,8 @@ def build_image_model(
         raise UserError(
             f"{options.model} cannot be built: {' '.join(str(error).split())}"
         ) from error
+    if options.dropout and set(config.pool) == {"none"}:
+        raise UserError(f"--dropout acts where maps are pooled, which {options.model} does nowhere")
     model = NiNImageForImageClassification(config)
     if map_size(config) == 1:
         logger.warning("the class maps are a single pixel: these images are small for the network")
@@ -157,11 +162,15 @@ def _pages(
     answers: dict[str, np.ndarray],
 ) -> dict[str, str]:
     """Pages of class maps: the most confident mistakes, and test images if they are asked for."""
-    validation, test = dataset.splits["validation"], dataset.splits["test"]
+    validation = dataset.splits["validation"]
     wrong = most_confident_mistakes(answers["validation"], validation.labels)
     title = f"Most confident mistakes on the validation split of {options.dataset}"
     pages = {report.MISTAKES_FILE: class_maps_html(model, validation.take(wrong), title)}
     if options.explain:
-        title = f"Class maps of test images of {options.dataset}"
-        pages[report.CLASS_MAPS_FILE] = class_maps_html(model, test, title)
+        pages[report.CLASS_MAPS_FILE] = _class_maps(options, dataset, model)
     return pages
+
+
+def _class_maps(options: ImageTrainOptions, dataset: ImageDataset, model: Any) -> str:
+    title = f"Class maps of test images of {options.dataset}"
+    return class_maps_html(model, dataset.splits["test"], title)

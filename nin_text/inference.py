@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -71,6 +72,7 @@ def evaluate_text(options: EvaluateOptions) -> dict[str, Any]:
     from nin_text.data import load_split, local_path
     from nin_text.tokenization import encode
 
+    options = dataclasses.replace(options)  # what is left open will be filled in
     model, tokenizer, names, autocast = load_model(options)
     part, source, notes = load_split(
         options.dataset,
@@ -200,6 +202,7 @@ def predict_text(
     Raises:
         UserError: whatever the user can mend, in one sentence.
     """
+    options = dataclasses.replace(options)  # what is left open will be filled in
     path = _page_path(options)
     predictor: Predictor | PaddedPredictor
     explainer = None

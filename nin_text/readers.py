@@ -53,6 +53,10 @@ SPLIT_NAMES = {
 LABELLED_SPLITS = ("train", "validation", "test")
 
 
+class NoRowsError(UserError):
+    """A file of the right kind that holds no row."""
+
+
 def suffix_of(path: Path) -> str:
     """The ending that tells the format: `.csv` for both `a.csv` and `a.csv.gz`."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
@@ -84,13 +88,17 @@ def find_files(place: Path) -> list[Path]:
     Raises:
         UserError: if there are none.
     """
+    place = place.expanduser()  # a pattern in quotes has not seen a shell
     if place.is_dir():
         files = [path for path in place.iterdir() if suffix_of(path) in STREAMED]
         message = f"{place} holds no files that end in {', '.join(STREAMED)}"
     elif place.exists() or not set("*?[") & set(str(place)):
         return [place]
     else:
-        files = list(Path(place.anchor).glob(str(place.relative_to(place.anchor))))
+        try:
+            files = list(Path(place.anchor).glob(str(place.relative_to(place.anchor))))
+        except ValueError as error:
+            raise UserError(f"{place} is no pattern of files ({in_one_line(error)})") from error
         message = f"no file matches {place}"
     files = [path for path in files if path.is_file() and not path.name.startswith(".")]
     if not files:
@@ -117,6 +125,7 @@ def stream_texts(
         missing), and the value of the id column (None if there is none).
 
     Raises:
+        NoRowsError: if there is no row.
         UserError: as of `read_file`, at the row where the trouble is; or if a column is missing.
     """
     lines_alone = suffix_of(path) == ".txt"
@@ -141,7 +150,7 @@ def stream_texts(
                 )
             yield share, "" if missing else str(text), others[0] if others else None
     if empty:
-        raise UserError(f"{path} {'is empty' if lines_alone else 'holds no rows'}")
+        raise NoRowsError(f"{path} {'is empty' if lines_alone else 'holds no rows'}")
 
 
 @contextmanager
@@ -383,7 +392,7 @@ def read_class_folders(folder: Path) -> Table:
 
 def read_text_files(folder: Path) -> Table:
     """Read `<folder>/*.txt`: one text a file, without labels."""
-    paths = sorted(folder.glob("*.txt"))
+    paths = sorted(path for path in folder.iterdir() if suffix_of(path) == ".txt")
     texts = []
     for path in paths:
         with open_text(path) as (lines, _):

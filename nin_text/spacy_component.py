@@ -133,9 +133,13 @@ class NiNTextCategorizer(Pipe):
     def to_disk(self, path: str | Path, *, exclude: Iterable[str] = ()) -> None:
         """Save the model, in safetensors and JSON, to a folder that may exist.
 
+        Files of other names that it holds are left alone.
+
         Raises:
             UserError: if there is no model to save.
         """
+        from nin_text.report import move_files
+
         model, tokenizer = self.classifier
         path = Path(path)
         aside = path.with_name(f".{path.name}.saving")
@@ -144,9 +148,8 @@ class NiNTextCategorizer(Pipe):
         tokenizer.save_pretrained(aside)
         settings = json.dumps({"max_length": self.max_length})
         (aside / SETTINGS_FILE).write_text(settings, encoding="utf-8")
-        if path.exists():
-            shutil.rmtree(path)
-        aside.rename(path)
+        path.mkdir(exist_ok=True)
+        move_files(aside, path)
 
     def from_disk(self, path: str | Path, *, exclude: Iterable[str] = ()) -> Self:
         """Load what `to_disk` saved.

@@ -86,10 +86,15 @@ def announce(
         logger.warning("note: %s", note)
 
 
-def stratified(labels: Sequence[int], size: int) -> tuple[list[int], list[int]]:
+def stratified(
+    labels: Sequence[int], size: int, *, leave_one: bool = True
+) -> tuple[list[int], list[int]]:
     """Indices of `size` examples with the class shares of all, and of the rest; both in order.
 
-    A class with a single example stays with the rest.
+    Args:
+        labels: of all examples.
+        size: how many are taken.
+        leave_one: of each class at least one stays with the rest.
     """
     import numpy as np
 
@@ -102,7 +107,7 @@ def stratified(labels: Sequence[int], size: int) -> tuple[list[int], list[int]]:
     ranked = sorted(
         ((rank + 0.5) / len(members), label, i)
         for label, members in by_class.items()
-        for rank, i in enumerate(members[:-1])
+        for rank, i in enumerate(members[:-1] if leave_one else members)
     )
     taken = sorted(i for _, _, i in ranked[:size])
     chosen = set(taken)
@@ -114,7 +119,7 @@ def subset(split: Part, limit: int) -> Part:
     if limit >= len(split):
         return split
     if split.labels and split.labels[0] >= 0:
-        return split.take(stratified(split.labels, limit)[0])
+        return split.take(stratified(split.labels, limit, leave_one=False)[0])
     import numpy as np
 
     drawn = np.random.default_rng(SPLIT_SEED).permutation(len(split))[:limit]

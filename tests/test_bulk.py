@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import itertools
 import json
@@ -77,9 +78,10 @@ def test_answers_are_those_of_standard_output_in_every_format(
         assert line["probability"] == line["probabilities"][line["label"]]
     score(trained, source, tmp_path / "a.csv", keep_text=True)
     score(trained, source, tmp_path / "a.parquet", keep_text=True)
-    csv, parquet = pd.read_csv(tmp_path / "a.csv"), pd.read_parquet(tmp_path / "a.parquet")
+    from_csv = pd.read_csv(tmp_path / "a.csv")
+    parquet = pd.read_parquet(tmp_path / "a.parquet")
     names = ["row", "text", "label", "probability", "probability_negative", "probability_positive"]
-    for frame in (csv, parquet):
+    for frame in (from_csv, parquet):
         assert list(frame) == names
         assert frame["text"].tolist() == [line["text"] for line in written]
         assert frame["probability"].tolist() == [line["probability"] for line in written]
@@ -264,6 +266,65 @@ def test_resuming_into_something_else_is_refused(
     assert output.read_bytes() != content
 
 
+@pytest.mark.usefixtures("small_parts")
+def test_a_file_without_rows_is_passed_over_and_named(
+    trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "in").mkdir()
+    frame = pd.DataFrame({"text": TEXTS[:9]})
+    for name, part in {"a": frame[:0], "b": frame, "c": frame[:0], "d": frame[:2]}.items():
+        part.to_parquet(tmp_path / "in" / f"{name}.parquet")
+    summary = score(trained, tmp_path / "in", tmp_path / "out.jsonl")
+    assert summary["rows"] == 11
+    named = [Path(line["file"]).name[0] for line in lines(tmp_path / "out.jsonl")]
+    assert named == ["b"] * 9 + ["d"] * 2
+    assert [name for name in "abcd" if f"{name}.parquet holds no rows" in caplog.text] == ["a", "c"]
+    with pytest.raises(UserError, match=r"a\.parquet holds no rows"):
+        score(trained, tmp_path / "in" / "[ac].parquet", tmp_path / "none.jsonl")
+    assert not list(tmp_path.glob("none*"))
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_a_pattern_that_reaches_the_parts_takes_them_for_no_texts(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pd.DataFrame({"text": TEXTS}).to_json(tmp_path / "a.jsonl", orient="records", lines=True)
+    pattern, output = tmp_path / "**" / "*.jsonl", tmp_path / "out.jsonl"
+    with monkeypatch.context() as patch:
+        patch.setattr(bulk, "_join", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            score(trained, pattern, output)
+    assert len(list((tmp_path / "out.jsonl.parts").glob("*.jsonl"))) == 9
+    assert score(trained, pattern, output, resume=True)["rows"] == len(TEXTS)
+    assert score(trained, pattern, output, overwrite=True)["rows"] == len(TEXTS)
+
+
+def interrupted(*arguments: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_ids_stay_what_they_are_and_line_ends_stay_in_their_cells(
+    trained: Path, tmp_path: Path
+) -> None:
+    rows = [
+        {"text": "good\rfilm", "n": 1.5},
+        {"text": "a\r\nb", "n": "x\ry"},
+        {"text": "c", "n": 2},
+    ]
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    options: dict[str, Any] = {"id_column": "n", "keep_text": True}
+    score(trained, source, tmp_path / "out.jsonl", **options)
+    assert [line["id"] for line in lines(tmp_path / "out.jsonl")] == [1.5, "x\ry", 2]
+    score(trained, source, tmp_path / "out.csv", **options)
+    with (tmp_path / "out.csv").open(newline="") as file:
+        header, *cells = csv.reader(file)
+    assert header[:3] == ["id", "text", "label"]
+    assert [row[:2] for row in cells] == [[str(row["n"]), row["text"]] for row in rows]
+    assert (tmp_path / "out.csv").read_bytes().startswith(b"id,text,label,probability,")
+    assert (tmp_path / "out.csv").read_bytes().count(b"\r\n") == 1  # that in a text
+
+
 # ---- mistakes ------------------------------------------------------------------------------------
 
 MISTAKES: dict[str, tuple[list[str], str]] = {
@@ -273,6 +334,15 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "column": (["--output", "a.csv", "--file", "texts.csv", "--id-column", "no"], "no column 'no'"),
     "empty": (["--output", "a.csv", "--file", "empty.csv"], "empty.csv is empty"),
     "pattern": (["--output", "a.csv", "--file", "*.tsv"], "no file matches"),
+    "stars": (["--output", "a.csv", "--file", "in/**.csv"], "is no pattern of files"),
+    "cluster": (
+        ["--output", "a.csv", "--file", "texts.csv", "--ray-address", "nowhere:1"],
+        "--ray-address needs --engine ray",
+    ),
+    "page": (
+        ["--output", "a.csv", "--file", "texts.csv", "--explain-file", "a.html"],
+        "leave it out",
+    ),
     "folder": (["--output", "texts.csv/a.csv", "--file", "texts.csv"], "cannot write or read"),
     "explain": (["--output", "a.csv", "--file", "texts.csv", "--explain"], "leave it out"),
     "no output": (["--file", "texts.csv", "--keep-text"], "--keep-text needs --output"),

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nin_text.data import KNOWN, TextDataset, load_split, load_text_dataset, reduced
+from nin_text.data import KNOWN, Split, TextDataset, load_split, load_text_dataset, reduced
 from nin_text.errors import UserError
-from nin_text.splits import stratified
+from nin_text.splits import stratified, subset
 
 
 def frame(n: int, start: int = 0, labels: tuple = (0, 1)) -> pd.DataFrame:
@@ -287,6 +287,19 @@ def test_limit_keeps_the_class_shares(tmp_path: Path) -> None:
     assert sizes(dataset) == {"train": 20, "validation": 20, "test": 20}
     assert Counter(dataset.splits["train"].labels) == {0: 15, 1: 5}
     assert load_text_dataset(str(tmp_path / "a.csv"), limit=20).splits == dataset.splits
+
+
+def test_limit_takes_as_many_as_it_says_also_of_rare_classes(tmp_path: Path) -> None:
+    tens = Split([f"t{i}" for i in range(100)], [i % 10 for i in range(100)])
+    assert len(subset(tens, 99)) == 99
+    rare = Split([f"t{i}" for i in range(100)], [1, 2, *[0] * 98])
+    assert set(subset(rare, 52).labels) == {0, 1, 2}
+    for name in ("train", "validation", "test"):
+        frame(2, labels=("a", "b")).to_csv(tmp_path / f"{name}.csv", index=False)
+    with pytest.raises(UserError, match="all training examples have the same label"):
+        load_text_dataset(str(tmp_path), limit=1)
+    part, *_ = load_split(str(tmp_path / "test.csv"), "test", ["a", "b"], limit=1)
+    assert len(part) == 1
 
 
 def test_one_split_in_the_terms_of_a_model(imdb: Path, tmp_path: Path) -> None:

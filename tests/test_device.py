@@ -12,7 +12,7 @@ from nin_text.errors import UserError
 def test_a_device_that_is_not_there_is_refused() -> None:
     assert pick_device("cpu").type == "cpu"
     assert pick_device("auto").type in ("cpu", "cuda", "mps")
-    for name in ("tpu", "cuda:99", "cpu:x"):
+    for name in ("tpu", "cuda:99", "cpu:x", "meta"):
         with pytest.raises(UserError, match="--device"):
             pick_device(name)
 

@@ -273,6 +273,14 @@ def test_what_int8_loses() -> None:
     assert each["agreement"] == 0.5
 
 
+def test_a_model_is_not_overwritten_by_its_export(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(UserError, match=r"run holds a model, which is kept"):
+        run(folder, output_dir=folder, int8=False)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
 def test_a_multi_label_model_is_not_sent_for_a_data_set(tmp_path: Path) -> None:
     figures = {"checked": "agreement", "agreement": 0.9, "lost": 0.1, "texts": 9, "source": "x"}
     assert "--dataset" in str(export._complaint(figures, tmp_path, multi_label=False))
@@ -402,10 +410,10 @@ def test_a_wrong_folder_is_refused_in_one_sentence(
     exported: tuple[Path, Finished], tmp_path: Path
 ) -> None:
     folder = shutil.copytree(exported[0], tmp_path / "out")
-    (folder / "model.onnx").write_bytes(b"damaged")
     (folder / "model.int8.onnx").unlink()
+    assert "holds no model.int8.onnx; leave out --int8" in classify(folder, "--int8", "a").complaint
+    (folder / "model.onnx").write_bytes(b"damaged")
     empty = tmp_path / "empty"
     empty.mkdir()
     assert "empty is no folder of export_onnx.py" in classify(empty, "a").complaint
-    assert "model.int8.onnx" in classify(folder, "--int8", "a").complaint
     assert "out is no folder of export_onnx.py" in classify(folder, "a").complaint

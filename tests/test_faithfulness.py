@@ -81,6 +81,9 @@ def test_a_test_repeats_and_short_texts_are_left_out(classifier) -> None:
     assert result == deletion_test(model, rows, most=3)
     with pytest.raises(ValueError, match="no text has two tokens"):
         deletion_test(model, rows[:1])
+    for most in (0, -1):
+        with pytest.raises(ValueError, match="at least one token"):
+            deletion_test(model, rows, most=most)
 
 
 def test_log_odds_of_several_classes() -> None:

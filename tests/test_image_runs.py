@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,24 @@ def test_the_saved_model_gives_the_recorded_answers_in_a_pipeline(run: Path) -> 
         scores = {answer["label"]: answer["score"] for answer in answers}
         found = [scores[str(digit)] for digit in range(10)]
         assert np.allclose(found, expected, atol=0.02)  # the run multiplied in bfloat16
+
+
+def test_class_maps_asked_for_later_are_made_from_what_was_saved(run: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(run, tmp_path / "run")
+    page = (folder / "class_maps.html").read_text()
+    (folder / "class_maps.html").unlink()
+    train_image(ImageTrainOptions(**QUICK, output_dir=folder, resume=True))
+    assert not (folder / "class_maps.html").exists()
+    train_image(ImageTrainOptions(**QUICK, output_dir=folder, resume=True, explain="html"))
+    again = (folder / "class_maps.html").read_text()
+    assert len(again) == pytest.approx(len(page), rel=0.01) and "Class maps of test images" in again
+
+
+def test_dropout_that_would_act_nowhere_is_refused(tmp_path: Path) -> None:
+    options = {**QUICK, "model": "nin-tutorial", "dropout": 0.9}
+    with pytest.raises(UserError, match=r"--dropout acts where maps are pooled.*nin-tutorial"):
+        train_image(ImageTrainOptions(**options, output_dir=tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_card_speaks_of_images(run: Path) -> None:

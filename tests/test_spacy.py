@@ -62,6 +62,17 @@ def test_a_saved_pipeline_gives_the_same_cats_in_a_fresh_process(nlp, tmp_path: 
     assert names <= {".json", ".safetensors"}
 
 
+def test_what_else_is_in_a_folder_is_left_alone(nlp, tmp_path: Path) -> None:
+    (tmp_path / "mine" / "thesis").mkdir(parents=True)
+    (tmp_path / "mine" / "thesis" / "a.txt").write_text("years of work")
+    component = nlp.get_pipe("nin_textcat")
+    for _ in range(2):  # also over what was saved
+        component.to_disk(tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis" / "a.txt").read_text() == "years of work"
+    other = spacy.blank("en").add_pipe("nin_textcat")
+    assert other.from_disk(tmp_path / "mine").labels == component.labels
+
+
 def test_a_pipeline_goes_through_bytes(nlp) -> None:
     other = spacy.blank("en")
     other.add_pipe("nin_textcat")

@@ -406,6 +406,23 @@ def test_texts_are_cut_as_in_training(tmp_path: Path) -> None:
     assert whole["probability"] == cut["probability"] != other["probability"]
 
 
+def test_a_reader_that_has_seen_enough_ends_it_without_complaint(
+    exported: tuple[Path, Finished],
+) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "classify_onnx.py"), str(exported[0])]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin and process.stdout and process.stderr
+        process.stdin.write("a\n" * 50)
+        process.stdin.flush()
+        assert process.stdout.readline().startswith("{")
+        process.stdout.close()
+        process.stdin.close()
+        assert process.stderr.read() == ""
+        assert process.wait() == 0
+
+
 def test_a_wrong_folder_is_refused_in_one_sentence(
     exported: tuple[Path, Finished], tmp_path: Path
 ) -> None:

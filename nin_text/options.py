@@ -240,9 +240,8 @@ class TrainOptions(CommonOptions, LearningOptions):
         metavar="FILE|MODEL",
     )
     teacher: list[str] = option(
-        "also learn the probabilities that this classifier of the same classes, a run folder or "
-        "hub id, or the mean that several give to labelled and unlabelled texts; in place of "
-        "self-training",
+        "classifier of the same classes (run folder or hub id) whose probabilities for labelled "
+        "and unlabelled texts are learned, too, in place of self-training; of several, their mean",
         (),
         nargs="+",
         metavar="MODEL",

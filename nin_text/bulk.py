@@ -177,18 +177,17 @@ def _check(options: PredictOptions) -> tuple[list[Path], Path]:
     if not files:
         raise UserError(f"there are no texts in {options.file} but the --output itself")
     # A wrong column and the like are refused before anything is written.
-    for path in files:
+    for path in files[1:]:
         if not path.stat().st_size:
             raise UserError(f"{path} is empty")
-    without: readers.NoRowsError | None = None
     for path in files:
         try:
             next(readers.stream_texts(path, options.text_column, options.id_column))
-            return files, output
-        except readers.NoRowsError as error:
-            without = without or error
-    assert without is not None
-    raise without
+            break
+        except readers.NoRowsError:  # it will be passed over, unless it is the last
+            if path == files[-1]:
+                raise
+    return files, output
 
 
 def _record(options: PredictOptions, files: Sequence[Path], scorer: Scorer) -> dict[str, Any]:

@@ -279,7 +279,7 @@ def test_a_file_without_rows_is_passed_over_and_named(
     named = [Path(line["file"]).name[0] for line in lines(tmp_path / "out.jsonl")]
     assert named == ["b"] * 9 + ["d"] * 2
     assert [name for name in "abcd" if f"{name}.parquet holds no rows" in caplog.text] == ["a", "c"]
-    with pytest.raises(UserError, match=r"a\.parquet holds no rows"):
+    with pytest.raises(UserError, match=r"c\.parquet holds no rows"):
         score(trained, tmp_path / "in" / "[ac].parquet", tmp_path / "none.jsonl")
     assert not list(tmp_path.glob("none*"))
 
@@ -333,6 +333,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "ending": (["--output", "a.txt", "--file", "texts.csv"], r"ends in \.jsonl"),
     "column": (["--output", "a.csv", "--file", "texts.csv", "--id-column", "no"], "no column 'no'"),
     "empty": (["--output", "a.csv", "--file", "empty.csv"], "empty.csv is empty"),
+    "missing": (["--output", "a.csv", "--file", "no.csv"], "there is no file no.csv"),
     "pattern": (["--output", "a.csv", "--file", "*.tsv"], "no file matches"),
     "stars": (["--output", "a.csv", "--file", "in/**.csv"], "is no pattern of files"),
     "cluster": (

@@ -52,9 +52,12 @@ def test_a_run_on_the_hub_answers_as_the_run_does(
     assert options.max_length == 3
     texts = [GOOD, BAD]
     assert predict(Path("someone/model"), texts=texts) == predict(folder, texts=texts)
-    evaluated = EvaluateOptions(model="someone/model", limit=10)
-    evaluate_text(evaluated)
-    assert evaluated.max_length == 3
+    losses = []
+    for model, length in (("someone/model", None), (str(folder), 3), (str(folder), 0)):
+        evaluated = EvaluateOptions(model=model, limit=10, max_length=length)
+        losses.append(evaluate_text(evaluated)["log_loss"])
+        assert evaluated.max_length == length  # as given
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5) != losses[2]
     assert NiNTextClassifier.load("someone/model").max_length_ == 3
     assert Teacher("someone/model", ["negative", "positive"]).max_length == 3
 

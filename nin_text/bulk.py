@@ -168,11 +168,11 @@ def _check(options: PredictOptions) -> tuple[list[Path], Path]:
         if output.exists():
             raise UserError(f"{output} exists; replace it with --overwrite, or name another")
     # An earlier start may have left its answers in the folder of the texts.
-    ours = (output.resolve(), _manifest(output).resolve())
+    ours = {place.resolve() for place in (output, _manifest(output), _parts(output))}
     files = [
         path
         for path in readers.find_files(options.file)
-        if path.resolve() not in ours and _parts(output).resolve() not in path.resolve().parents
+        if ours.isdisjoint((path.resolve(), *path.resolve().parents))
     ]
     if not files:
         raise UserError(f"there are no texts in {options.file} but the --output itself")

@@ -15,7 +15,7 @@ from transformers import ViTImageProcessorPil, set_seed
 from nin_text import report, run_folder
 from nin_text.configuration import IMAGE_PRESETS, NiNImageConfig, with_pointwise_layers
 from nin_text.device import keep_freed_memory, pick_device, use_bf16
-from nin_text.errors import UserError
+from nin_text.errors import UserError, in_one_line
 from nin_text.image import NiNImageForImageClassification, map_size
 from nin_text.image_data import ImageDataset, load_image_dataset
 from nin_text.image_options import ImageTrainOptions, with_image_recipe
@@ -49,8 +49,8 @@ def train_image(options: ImageTrainOptions, dataset: ImageDataset | None = None)
     record = run_folder.essentials(options, dataset.fingerprint())
     if options.resume and (finished := run_folder.finished_run(folder, record)) is not None:
         if options.explain and not (folder / report.CLASS_MAPS_FILE).is_file():
-            saved = NiNImageForImageClassification.from_pretrained(folder)
-            report.write_text(folder / report.CLASS_MAPS_FILE, _class_maps(options, dataset, saved))
+            page = _class_maps(options, dataset, _saved_model(folder))
+            report.write_text(folder / report.CLASS_MAPS_FILE, page)
         return finished
     keep_freed_memory()
     set_seed(options.seed)
@@ -169,6 +169,16 @@ def _pages(
     if options.explain:
         pages[report.CLASS_MAPS_FILE] = _class_maps(options, dataset, model)
     return pages
+
+
+def _saved_model(folder: Path) -> NiNImageForImageClassification:
+    try:
+        return NiNImageForImageClassification.from_pretrained(folder, use_safetensors=True)
+    except Exception as error:
+        reason = in_one_line(error)
+        raise UserError(
+            f"no model could be loaded from {folder} ({reason}); train it anew without --resume"
+        ) from error
 
 
 def _class_maps(options: ImageTrainOptions, dataset: ImageDataset, model: Any) -> str:

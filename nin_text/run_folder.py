@@ -82,8 +82,7 @@ def _begun(checkpoints: Path) -> bool:
 
 
 def _is_same(before: dict[str, Any], name: str, value: Any) -> bool:
-    """Whether an option was the same before; one that came later was off, or as in `BEFORE`."""
-    before = BEFORE | before
+    """Whether an option was the same before; one that came later was off."""
     if name not in before:
         return not value
     old = before[name]
@@ -99,11 +98,11 @@ def _check_same(record: dict[str, Any], path: Path, folder: Path) -> None:
         raise UserError(f"{path} is damaged; start anew without --resume") from error
     if not isinstance(before, dict):
         raise UserError(f"{path} is damaged; start anew without --resume")
+    before = BEFORE | before
     for name, value in record.items():
         if not _is_same(before, name, value):
-            was = (BEFORE | before).get(name)
             raise UserError(
-                f"the run in {folder} has {name.replace('_', ' ')} {was}, not {value};"
+                f"the run in {folder} has {name.replace('_', ' ')} {before.get(name)}, not {value};"
                 f" repeat its options to resume it, or give another --output-dir"
             )
 
@@ -112,7 +111,7 @@ def finished_run(folder: Path, record: dict[str, Any]) -> dict[str, Any] | None:
     """The summary of a run of these options that came to its end, None otherwise."""
     try:
         metrics = json.loads((folder / report.METRICS_FILE).read_text(encoding="utf-8"))
-        before = metrics["options"]
+        before = BEFORE | metrics["options"]
         if not all(_is_same(before, name, value) for name, value in record.items()):
             return None
         finished = summary(metrics, folder)

@@ -427,10 +427,10 @@ def test_a_wrong_folder_is_refused_in_one_sentence(
     exported: tuple[Path, Finished], tmp_path: Path
 ) -> None:
     folder = shutil.copytree(exported[0], tmp_path / "out")
-    (folder / "model.int8.onnx").unlink()
-    assert "holds no model.int8.onnx; leave out --int8" in classify(folder, "--int8", "a").complaint
     (folder / "model.onnx").write_bytes(b"damaged")
+    (folder / "model.int8.onnx").unlink()
     empty = tmp_path / "empty"
     empty.mkdir()
     assert "empty is no folder of export_onnx.py" in classify(empty, "a").complaint
+    assert "holds no model.int8.onnx; leave out --int8" in classify(folder, "--int8", "a").complaint
     assert "out is no folder of export_onnx.py" in classify(folder, "a").complaint

@@ -84,6 +84,10 @@ def test_class_maps_asked_for_later_are_made_from_what_was_saved(run: Path, tmp_
     train_image(ImageTrainOptions(**QUICK, output_dir=folder, resume=True, explain="html"))
     again = (folder / "class_maps.html").read_text()
     assert len(again) == pytest.approx(len(page), rel=0.01) and "Class maps of test images" in again
+    (folder / "class_maps.html").unlink()
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")  # pickle is not read
+    with pytest.raises(UserError, match="no model could be loaded"):
+        train_image(ImageTrainOptions(**QUICK, output_dir=folder, resume=True, explain="html"))
 
 
 def test_dropout_that_would_act_nowhere_is_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Bulk scoring by Ray Data: the parts of `bulk.py`, scored on all cores of one or more machines."""
+"""Bulk scoring by Ray Data: the parts of files, scored on all cores of one or more machines."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from nin_text.bulk import Part, Scored, Scorer, input_name, read_parts
+from nin_text.bulk_parts import Part, Scored, Scorer, input_name, read_parts
 from nin_text.errors import UserError
 from nin_text.options import PredictOptions
 

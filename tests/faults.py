@@ -39,7 +39,7 @@ from typing import Any
 
 import numpy as np
 
-from nin_text import bulk, cli, demo_data, models
+from nin_text import bulk, bulk_parts, cli, demo_data, models
 from nin_text.comparison import compare_text
 from nin_text.data import load_text_dataset
 from nin_text.errors import UserError
@@ -89,7 +89,7 @@ def works(source: Path) -> dict[str, Work]:
     finished(training(epochs=1, pretrain_epochs=0, self_training_epochs=0), trained)
 
     def scoring(place: Path, again: bool) -> Any:
-        bulk.PART_ROWS = 20
+        bulk_parts.PART_ROWS = 20
         options = PredictOptions(
             model=str(trained / "run"),
             file=source / "texts.jsonl",

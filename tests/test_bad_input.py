@@ -25,7 +25,7 @@ from conftest import Script
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from nin_text import NiNTextClassifier, bulk, cli, models, readers
+from nin_text import NiNTextClassifier, bulk, bulk_parts, cli, models, readers
 from nin_text.data import load_text_dataset
 from nin_text.errors import UserError
 from nin_text.evaluation import classification_metrics
@@ -411,7 +411,7 @@ def test_any_class_names_go_through_a_whole_run(
     assert "[l](javascript" not in markup
     result = evaluate_text(EvaluateOptions(model=str(folder), dataset=str(data)))
     assert result["n"] == 20 * len(NAMES)
-    for suffix in bulk.FORMATS:
+    for suffix in bulk_parts.FORMATS:
         output = tmp_path / "out" / f"answers{suffix}"
         options = PredictOptions(model=str(folder), file=data, output=output, quiet=True)
         assert bulk.score_files(options)["rows"] == 20 * len(NAMES)

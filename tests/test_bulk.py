@@ -18,7 +18,7 @@ import pandas as pd
 import pytest
 from conftest import Script
 
-from nin_text import bulk, cli
+from nin_text import bulk, bulk_parts, cli
 from nin_text.errors import UserError
 from nin_text.inference import predict_text
 from nin_text.options import PredictOptions
@@ -47,7 +47,7 @@ def write(path: Path, texts: list[str]) -> Path:
 
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bulk, "PART_ROWS", 7)
+    monkeypatch.setattr(bulk_parts, "PART_ROWS", 7)
 
 
 def score(model: Path, file: Path, output: Path, **options: Any) -> dict[str, Any]:
@@ -118,7 +118,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.usefixtures("small_parts")
-@pytest.mark.parametrize("suffix", bulk.FORMATS)
+@pytest.mark.parametrize("suffix", bulk_parts.FORMATS)
 def test_stopped_at_any_step_and_resumed_the_output_is_the_same(
     trained: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
 ) -> None:
@@ -158,12 +158,12 @@ def test_stopped_at_any_step_and_resumed_the_output_is_the_same(
 
 SCRIPT = """
 import os, signal, sys
-from nin_text import bulk, cli, report
+from nin_text import bulk, bulk_parts, cli, report
 from nin_text.options import PredictOptions
 from pathlib import Path
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
 model, number = sys.argv[1], int(sys.argv[2])
-bulk.PART_ROWS, write, left = 7, report.write_bytes, 3
+bulk_parts.PART_ROWS, write, left = 7, report.write_bytes, 3
 def dying(path, content):
     global left
     write(path, content)
@@ -192,7 +192,7 @@ def test_signals_stop_the_work_and_resume_goes_on(
         assert not (tmp_path / "out.csv").exists()
     assert "--resume goes on" in run.stderr
     assert len(list((tmp_path / "out.csv.parts").glob("*.csv"))) == 6
-    monkeypatch.setattr(bulk, "PART_ROWS", 7)
+    monkeypatch.setattr(bulk_parts, "PART_ROWS", 7)
     monkeypatch.chdir(tmp_path)
     score(trained, Path("texts.csv"), Path("out.csv"), resume=True)
     score(trained, Path("texts.csv"), Path("whole.csv"))
@@ -291,7 +291,7 @@ def test_a_pattern_that_reaches_the_parts_takes_them_for_no_texts(
     pd.DataFrame({"text": TEXTS}).to_json(tmp_path / "a.jsonl", orient="records", lines=True)
     pattern, output = tmp_path / "**" / "*.jsonl", tmp_path / "out.jsonl"
     with monkeypatch.context() as patch:
-        patch.setattr(bulk, "_join", interrupted)
+        patch.setattr(bulk, "join_parts", interrupted)
         with pytest.raises(KeyboardInterrupt):
             score(trained, pattern, output)
     assert len(list((tmp_path / "out.jsonl.parts").glob("*.jsonl"))) == 9

@@ -49,10 +49,9 @@ def score_files(options: PredictOptions) -> dict[str, Any]:
         UserError: whatever the user can mend, in one sentence. What was scored is kept.
     """
     started = time.perf_counter()
-    options = dataclasses.replace(options)  # what is left open will be filled in
     files, output = _check(options)
     if options.engine == "ray":
-        options.device = "cpu"
+        options = dataclasses.replace(options, device="cpu")
     scorer = Scorer(options)
     record = _record(options, files, scorer)
     rows = _open(options, output, record)
@@ -170,7 +169,7 @@ def _record(options: PredictOptions, files: Sequence[Path], scorer: Scorer) -> d
         "id_column": options.id_column,
         "keep_text": options.keep_text,
         "limit": options.limit,
-        "max_length": options.max_length,
+        "max_length": scorer.predictor.max_length,
         "precision": options.precision,
     }
 

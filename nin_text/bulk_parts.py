@@ -123,7 +123,7 @@ class Scorer:
     """A model that scores parts.
 
     Args:
-        options: of the model; `max_length` is filled in if it is None.
+        options: of the model, and of what its answers are to tell.
 
     Raises:
         UserError: if the model cannot be loaded.

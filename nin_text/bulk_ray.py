@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from nin_text.bulk_parts import Part, Scored, Scorer, input_name, read_parts
-from nin_text.errors import UserError
+from nin_text.errors import UserError, in_one_line
 from nin_text.options import PredictOptions
 
 
@@ -33,6 +33,8 @@ def score_by_ray(
         places = {i: path.resolve() for i, path in enumerate(files)}
         # What is read in one task: a limit is one for all files.
         tasks = [places] if options.limit is not None else [{i: p} for i, p in places.items()]
+        # Every machine cuts texts as this one does.
+        options = dataclasses.replace(options, max_length=scorer.predictor.max_length)
         if Path(options.model).is_dir():
             options = dataclasses.replace(options, model=str(Path(options.model).resolve()))
         scored = (
@@ -89,7 +91,7 @@ def _start_ray(options: PredictOptions) -> Any:
             f"was reached at {options.ray_address}" if options.ray_address else "could be started"
         )
         raise UserError(
-            f"no Ray cluster {place} ({' '.join(str(error).split())[:200]}); start one with "
+            f"no Ray cluster {place} ({in_one_line(error)}); start one with "
             f"`ray start --head`, or use --engine local"
         ) from error
     context = ray.data.DataContext.get_current()

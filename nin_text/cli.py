@@ -20,11 +20,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
 
-from nin_text.errors import UserError
-from nin_text.options import CommonOptions
+from nin_text.errors import UserError, in_one_line
+from nin_text.options import CommonOptions, check
 from nin_text.recipes import RECIPES
 
 Options = TypeVar("Options", bound=CommonOptions)
+Results = dict[str, Any] | Iterator[dict[str, Any]]
 
 # What the libraries that write weights say, in exceptions of every type, when the disk is full.
 DISK_FULL = (
@@ -51,6 +52,27 @@ _waiting: list[threading.Timer] = []  # the signal that came within an import la
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM: what stops cleanly at Ctrl-C does so at this, too."""
+
+
+def main(
+    cls: type[Options],
+    description: str | None,
+    examples: str,
+    work: Callable[[Options], Results],
+) -> None:
+    """A whole script: `parse`, refuse options that no run can have, `run` the work with the rest.
+
+    Args:
+        cls, description, examples: as of `parse`.
+        work: imports torch itself, so that neither `--help` nor a mistake waits for that.
+    """
+    options = parse(cls, description, examples)
+
+    def checked() -> Results:
+        check(options)
+        return work(options)
+
+    run(checked)
 
 
 def parse(cls: type[Options], description: str | None, examples: str) -> Options:
@@ -160,7 +182,7 @@ def _is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def run(work: Callable[[], dict[str, Any] | Iterator[dict[str, Any]]]) -> None:
+def run(work: Callable[[], Results]) -> None:
     """Call `work` and print each dict that it returns or yields as one JSON line.
 
     Only these lines go to standard output; whatever else is printed goes to standard error. Of
@@ -215,7 +237,7 @@ def _within_import(frame: types.FrameType | None) -> bool:
     return False
 
 
-def _run(work: Callable[[], dict[str, Any] | Iterator[dict[str, Any]]]) -> None:
+def _run(work: Callable[[], Results]) -> None:
     stdout, sys.stdout = sys.stdout, sys.stderr
     try:
         results = work()
@@ -249,7 +271,7 @@ def resource_message(error: Exception) -> str | None:
     """One sentence if the machine lacks disk, permission or memory; None for anything else."""
     text = str(error)
     if any(sign in text for sign in DISK_FULL):
-        return f"the disk is full ({' '.join(text.split())[:160]}); make room and try again"
+        return f"the disk is full ({in_one_line(error)}); make room and try again"
     if isinstance(error, OSError) and error.errno in FILE_ERRORS:
         return f"cannot write or read {error.filename or 'a file'}: {error.strerror}"
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":

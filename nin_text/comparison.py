@@ -11,7 +11,6 @@ import importlib.util
 import itertools
 import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors.numpy import load_file, save_file
 
 from nin_text import comparison_timing as timing
@@ -28,7 +28,13 @@ from nin_text import processes, report
 from nin_text.baselines import count_tokens
 from nin_text.comparison_report import print_table, to_html, to_markdown, to_plots
 from nin_text.comparison_timing import Sample
-from nin_text.data import TextDataset, fewest_labelled, labelled_examples, reduced
+from nin_text.data import (
+    TextDataset,
+    fewest_labelled,
+    labelled_examples,
+    load_text_dataset,
+    reduced,
+)
 from nin_text.device import pick_device, use_bf16
 from nin_text.errors import UserError
 from nin_text.evaluation import classification_metrics, paired_difference
@@ -44,6 +50,7 @@ from nin_text.options import (
     check,
 )
 from nin_text.run_folder import ANSWERS_FILE, dataset_slug
+from nin_text.systems import SavedRun, create
 
 logger = logging.getLogger(__name__)
 
@@ -68,12 +75,11 @@ def with_defaults(options: CompareOptions) -> CompareOptions:
     return options
 
 
-def compare_text(options: CompareOptions, dataset: TextDataset) -> dict[str, Any]:
+def compare_text(options: CompareOptions) -> dict[str, Any]:
     """Compare systems, and leave comparison.json, comparison.md and comparison.html.
 
     Args:
-        options: see `CompareOptions`; `with_defaults` has been applied.
-        dataset: loaded with these options.
+        options: see `CompareOptions`.
 
     Returns:
         A summary: the folder, and accuracy and speed of each system.
@@ -83,10 +89,13 @@ def compare_text(options: CompareOptions, dataset: TextDataset) -> dict[str, Any
             done and written, if a system failed.
     """
     check(options)
+    options = with_defaults(options)
     names = system_names(options.models)
+    dataset = load_text_dataset(options.dataset, **options.arguments())
     _check_options(options, names, dataset)
-    with processes.environment_of_threads(options.threads or processes.available_cores()):
-        return _compare(options, names, dataset)
+    threads = options.threads or processes.available_cores()
+    with processes.environment_of_threads(threads):  # which torch reads where it is imported
+        return _compare(replace(options, threads=threads), names, dataset)
 
 
 def _compare(
@@ -153,8 +162,6 @@ def system_names(specs: Sequence[str]) -> dict[str, str]:
 
 
 def _check_options(options: CompareOptions, names: dict[str, str], dataset: TextDataset) -> None:
-    from nin_text.systems import create
-
     tested = {n: spec for n, spec in names.items() if not spec.startswith("architecture:")}
     if options.reference is not None and options.reference not in (*tested, *tested.values()):
         raise UserError(
@@ -231,7 +238,7 @@ def _fitted(
         folder.mkdir(parents=True, exist_ok=True)
         report.write_json(owner, {"spec": spec})
         try:
-            known = processes.call(_fit, spec, folder, options, dataset, sample)
+            known = processes.call(_fit, options, spec, folder, dataset, sample)
         except UserError as error:
             logger.error("%s failed: %s", spec, error)
             return {"spec": spec, "error": str(error), "failures": [f"{folder.name}: {error}"]}
@@ -273,7 +280,7 @@ def _curve_point(
         return
     logger.info("%s on %s labelled examples", folder.name, f"{size:,}")
     part.mkdir(exist_ok=True)
-    record = processes.call(_fit, spec, part, options, reduced(dataset, size), sample)
+    record = processes.call(_fit, options, spec, part, reduced(dataset, size), sample)
     truth = np.array(dataset.splits["test"].labels)
     answers = load_file(part / ANSWERS_FILE)["test"]
     accuracy = float((answers.argmax(axis=1) == truth).mean())
@@ -283,19 +290,9 @@ def _curve_point(
 
 
 def _fit(
-    spec: str,
-    folder: Path,
-    options: CompareOptions,
-    dataset: TextDataset,
-    sample: Sample,
-    connection: Connection,
+    options: CompareOptions, spec: str, folder: Path, dataset: TextDataset, sample: Sample
 ) -> dict[str, Any]:
     """Fit one system, leave its answers, and tell what it cost; runs in a process of its own."""
-    import torch
-
-    from nin_text.systems import SavedRun, create
-
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     system = create(spec, options)
     clock = time.perf_counter()
     fit = system.fit(dataset, folder)
@@ -353,7 +350,7 @@ def _time(
         for name, record in records.items():
             if "error" not in record:
                 place = folder / "systems" / name
-                running[name] = processes.start(_answer_rounds, record, place, options, sample)
+                running[name] = processes.start(_answer_rounds, options, record, place, sample)
                 logger.info("warming up %s", name)
                 ask(name)
         for turn in range(options.rounds):
@@ -372,18 +369,13 @@ def _time(
 
 
 def _answer_rounds(
+    connection: Connection,
+    options: CompareOptions,
     record: dict[str, Any],
     folder: Path,
-    options: CompareOptions,
     sample: Sample,
-    connection: Connection,
 ) -> dict[str, Any]:
     """Load a system and time it whenever asked; runs in a process of its own."""
-    import torch
-
-    from nin_text.systems import create
-
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     system = create(record["spec"], options)
     system.load(folder)
     if "batch_tokens" in record:
@@ -427,7 +419,6 @@ def _assemble(
             if reference != name:
                 entry["versus_reference"] = paired_difference(correct, tested[reference][1])
         entries.append(entry)
-    threads = int(os.environ["OMP_NUM_THREADS"])
     return {
         "dataset": options.dataset,
         "data_source": dataset.source,
@@ -437,13 +428,13 @@ def _assemble(
         "test_examples": len(dataset.splits["test"]),
         "notes": [*dataset.notes, *_notes(dataset, records, options)],
         "command": report.command(),
-        "environment": report.environment(device) | {"threads": threads},
+        "environment": report.environment(device) | {"threads": options.threads},
         "reference": reference,
         "seed": options.seed,
         "precision": "bf16" if use_bf16(options.precision, device) else "fp32",
         "timing": {
             "rounds": options.rounds,
-            "threads": threads,
+            "threads": options.threads,
             "documents": len(sample.texts),
             "mean_tokens": float(sample.tokens.mean()),
             "left_out": timing.LEFT_OUT,

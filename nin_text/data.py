@@ -13,7 +13,7 @@ from typing import Any
 
 from nin_text import demo_data, readers
 from nin_text.errors import UserError
-from nin_text.hub import load_from_hub
+from nin_text.hub import is_hub_id, load_from_hub
 from nin_text.readers import Table
 from nin_text.splits import (
     SPLIT_SEED,
@@ -370,7 +370,7 @@ def local_path(name: str) -> Path:
 
 
 def _check_config(name: str, configuration: str | None) -> None:
-    if configuration is not None and (name.count("/") != 1 or local_path(name).exists()):
+    if configuration is not None and not is_hub_id(name):
         raise UserError(
             f"--dataset-config is for data sets on the hub (owner/name), and {name} is none"
         )
@@ -392,7 +392,7 @@ def _find(name: str, data_dir: Path | None, configuration: str | None) -> _Raw:
         return _Raw(str(path), {"train": partial(readers.read_file, path)})
     if readers.suffix_of(path) in readers.SUFFIXES or name.startswith((".", "/", "~")):
         raise UserError(f"there is no file or folder {name}")
-    if name.count("/") != 1:
+    if not is_hub_id(name):
         raise UserError(
             f"there is no data set {name!r}: it is not a file or folder, not a hub id "
             f"(owner/name), and not one of {', '.join([*demo_data.LABELS, *KNOWN])}"

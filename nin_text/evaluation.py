@@ -104,14 +104,24 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return shifted / shifted.sum(axis=1, keepdims=True)
 
 
+def most_confident_mistakes(probabilities: np.ndarray, labels: Sequence[int]) -> np.ndarray:
+    """Indices of the wrong answers, the most confident first.
+
+    Args:
+        probabilities: (n, K).
+        labels: n true class indices.
+    """
+    wrong = np.flatnonzero(probabilities.argmax(axis=1) != np.asarray(labels))
+    return wrong[np.argsort(-probabilities[wrong].max(axis=1), kind="stable")]
+
+
 def bootstrap_interval(
-    score: Callable[[np.ndarray], float], n: int, *, level: float = 0.95, seed: int = 0
+    score: Callable[[np.ndarray], float], n: int, *, seed: int = 0
 ) -> list[float]:
-    """Percentile bootstrap interval of `score(indices)` over n examples (Efron 1979)."""
+    """95 % percentile bootstrap interval of `score(indices)` over n examples (Efron 1979)."""
     rng = np.random.default_rng(seed)
     scores = [score(rng.integers(0, n, n)) for _ in range(BOOTSTRAP_SAMPLES)]
-    tail = (1 - level) / 2
-    return [float(value) for value in np.quantile(scores, [tail, 1 - tail])]
+    return [float(value) for value in np.quantile(scores, [0.025, 0.975])]
 
 
 def paired_difference(correct: np.ndarray, reference: np.ndarray) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from nin_text.evaluation import softmax
+from nin_text.evaluation import most_confident_mistakes, softmax
 from nin_text.explain import Explanation, explain
 from nin_text.models import label_names
 from nin_text.text import NiNTextForSequenceClassification
@@ -200,8 +200,7 @@ def mistakes_html(
         max_length: cut texts to this many tokens, as in training.
     """
     truth = np.asarray(labels)
-    wrong = np.flatnonzero(probabilities.argmax(axis=1) != truth)
-    wrong = wrong[np.argsort(-probabilities[wrong].max(axis=1), kind="stable")]
+    wrong = most_confident_mistakes(probabilities, labels)
     worst = wrong[:most]
     shown = "none" if not len(wrong) else "all" if len(worst) == len(wrong) else f"{len(worst)}"
     return explain_html(

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from nin_text.errors import UserError
+from nin_text.errors import UserError, in_one_line
 
 NETWORK_TIMEOUT = 5.0  # seconds
 # What `datasets` says if it needs the name of a configuration, or there is none of a name.
 CONFIGURATION_MISSING = ("Config name is missing", "BuilderConfig", "Available configs")
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name can be that of a model or data set on the hub: owner/name, and no path."""
+    owner, _, rest = name.partition("/")
+    looks_so = bool(owner and rest) and "/" not in rest and not owner.startswith((".", "~"))
+    return looks_so and not Path(name).exists()
 
 
 def load_from_hub(
@@ -40,7 +48,7 @@ def load_from_hub(
             # Older data sets are a script, which is never run; the hub keeps a Parquet copy.
             return datasets.load_dataset(hub_id, configuration, revision="refs/convert/parquet")
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = in_one_line(error)
         if option and any(words in reason for words in CONFIGURATION_MISSING):
             raise UserError(
                 f"the data set {hub_id} has several configurations ({reason}); name one with "

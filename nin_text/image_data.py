@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from nin_text.data import load_from_disk, local_path, places_of
 from nin_text.errors import UserError, in_one_line
-from nin_text.hub import load_from_hub
+from nin_text.hub import is_hub_id, load_from_hub
 from nin_text.image_files import Files, Found, Splits, files_of, read_known_format
 from nin_text.readers import SPLIT_NAMES, pick_splits
 from nin_text.splits import announce, finish_splits, label_indices, label_names_of, stratified
@@ -176,7 +176,7 @@ def _find(name: str, data_dir: Path | None, size: int | None) -> tuple[str, Foun
         return str(path), read_folder(path, size)
     if path.exists():
         raise UserError(f"{name} is a file; give the folder that holds it")
-    if name.strip("/").count("/") != 1 or name.startswith((".", "/", "~")):
+    if not is_hub_id(name):
         raise UserError(
             f"there is no data set {name!r}: it is not a folder, not a hub id (owner/name), and "
             f"not one of {', '.join([BUILT_IN, *KNOWN])}"

@@ -46,19 +46,6 @@ figcaption { font-size: 0.8rem; overflow-wrap: anywhere; }
 """
 
 
-def most_confident_mistakes(probabilities: np.ndarray, labels: Sequence[int]) -> list[int]:
-    """Indices of the wrong answers, the most confident first; at most MAX_MISTAKES.
-
-    Args:
-        probabilities: (n, K).
-        labels: n true class indices.
-    """
-    answers = probabilities.argmax(axis=1)
-    wrong = np.flatnonzero(answers != np.asarray(labels))
-    order = np.argsort(-probabilities[wrong, answers[wrong]], kind="stable")
-    return wrong[order][:MAX_MISTAKES].tolist()
-
-
 def class_maps_html(model: NiNImageForImageClassification, split: ImageSplit, title: str) -> str:
     """A page of images, each with the maps of its answer and of the true or next likely class.
 

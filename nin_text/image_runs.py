@@ -16,10 +16,11 @@ from nin_text import report, run_folder
 from nin_text.configuration import IMAGE_PRESETS, NiNImageConfig, with_pointwise_layers
 from nin_text.device import keep_freed_memory, pick_device, use_bf16
 from nin_text.errors import UserError, in_one_line
+from nin_text.evaluation import most_confident_mistakes
 from nin_text.image import NiNImageForImageClassification, map_size
 from nin_text.image_data import ImageDataset, load_image_dataset
 from nin_text.image_options import ImageTrainOptions, with_image_recipe
-from nin_text.image_page import class_maps_html, most_confident_mistakes
+from nin_text.image_page import MAX_MISTAKES, class_maps_html
 from nin_text.image_training import ImageTensors, image_trainer
 from nin_text.options import check
 
@@ -143,9 +144,7 @@ def build_image_model(
             **changes,
         )
     except Exception as error:  # of huggingface_hub's validation, or ours
-        raise UserError(
-            f"{options.model} cannot be built: {' '.join(str(error).split())}"
-        ) from error
+        raise UserError(f"{options.model} cannot be built: {in_one_line(error)}") from error
     if options.dropout and set(config.pool) == {"none"}:
         raise UserError(f"--dropout acts where maps are pooled, which {options.model} does nowhere")
     model = NiNImageForImageClassification(config)
@@ -163,9 +162,9 @@ def _pages(
 ) -> dict[str, str]:
     """Pages of class maps: the most confident mistakes, and test images if they are asked for."""
     validation = dataset.splits["validation"]
-    wrong = most_confident_mistakes(answers["validation"], validation.labels)
+    wrong = most_confident_mistakes(answers["validation"], validation.labels)[:MAX_MISTAKES]
     title = f"Most confident mistakes on the validation split of {options.dataset}"
-    pages = {report.MISTAKES_FILE: class_maps_html(model, validation.take(wrong), title)}
+    pages = {report.MISTAKES_FILE: class_maps_html(model, validation.take(wrong.tolist()), title)}
     if options.explain:
         pages[report.CLASS_MAPS_FILE] = _class_maps(options, dataset, model)
     return pages

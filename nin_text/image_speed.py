@@ -26,7 +26,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 from nin_text import report
 from nin_text.configuration import NiNImageConfig
 from nin_text.device import keep_freed_memory, pick_device, use_bf16
-from nin_text.errors import UserError
+from nin_text.errors import UserError, in_one_line
 from nin_text.image import NiNImageForImageClassification
 from nin_text.image_options import ImageBenchmarkOptions, check_networks
 from nin_text.options import check
@@ -128,7 +128,7 @@ def _network(name: str, options: ImageBenchmarkOptions) -> NiNImageForImageClass
     try:
         config = NiNImageConfig.from_preset(name, num_labels=CLASSES, image_size=options.image_size)
     except Exception as error:
-        raise UserError(f"{name} cannot be built: {' '.join(str(error).split())}") from error
+        raise UserError(f"{name} cannot be built: {in_one_line(error)}") from error
     return NiNImageForImageClassification(config)
 
 

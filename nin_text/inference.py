@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import itertools
 import json
@@ -20,6 +19,7 @@ from nin_text import readers
 from nin_text.device import keep_freed_memory, pick_device, use_bf16
 from nin_text.errors import UserError
 from nin_text.evaluation import classification_metrics, predict_logits, softmax
+from nin_text.hub import is_hub_id
 from nin_text.options import (
     EvaluateOptions,
     PredictOptions,
@@ -29,34 +29,15 @@ from nin_text.options import (
 )
 from nin_text.predictor import Predictor
 
-if TYPE_CHECKING:  # seconds to import, which the answers of a saved NiN do without
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
+if TYPE_CHECKING:  # imports transformers, which the answers of a saved NiN do without
     from nin_text.explain_page import Page
 
 logger = logging.getLogger(__name__)
 
 EXPLAIN_FILE = "explanation.html"
+PORTION = 512  # texts that are answered at once
 
 # ---- evaluating --------------------------------------------------------------------------------
-
-
-def load_model(
-    options: EvaluateOptions | PredictOptions,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str], torch.dtype | None]:
-    """Model on its device, tokenizer, class names by index, and the autocast dtype."""
-    from nin_text import models
-
-    check(options)
-    device = pick_device(options.device)
-    keep_freed_memory()
-    folder = models.local(options.model)
-    model, tokenizer = models.load(folder)
-    if options.max_length is None:
-        options.max_length = trained_max_length(folder)
-    bf16 = use_bf16(options.precision, device)
-    model.to(device)  # type: ignore[arg-type]
-    return model, tokenizer, models.label_names(model), torch.bfloat16 if bf16 else None
 
 
 def evaluate_text(options: EvaluateOptions) -> dict[str, Any]:
@@ -70,33 +51,25 @@ def evaluate_text(options: EvaluateOptions) -> dict[str, Any]:
     """
     from nin_text import report
     from nin_text.data import load_split, local_path
-    from nin_text.tokenization import encode
 
-    options = dataclasses.replace(options)  # what is left open will be filled in
-    model, tokenizer, names, autocast = load_model(options)
+    predictor = PaddedPredictor(options)
+    names = predictor.label_names
     part, source, notes = load_split(
         options.dataset,
         options.split,
         names,
         **options.arguments(),
     )
-    rows = encode(tokenizer, part.texts, options.max_length, progress="encoding")
+    rows = predictor.encode(part.texts, progress="encoding")
     started = time.perf_counter()
-    logits = predict_logits(
-        model,
-        rows,
-        pad_token_id=tokenizer.pad_token_id or 0,
-        batch_tokens=options.batch_tokens,
-        autocast=autocast,
-        progress="evaluating",
-    )
+    logits = predictor.logits(rows, progress="evaluating")
     result = {
         "dataset": options.dataset,
         "data_source": source,
         "split": "all rows" if local_path(options.dataset).is_file() else options.split,
         "notes": notes,
         "model": options.model,
-        "precision": "fp32" if autocast is None else "bf16",
+        "precision": predictor.precision,
         "seconds": round(time.perf_counter() - started, 2),
         **classification_metrics(logits, part.labels, names),
         "peak_memory_mb": round(report.peak_memory_mb(), 1),
@@ -107,7 +80,11 @@ def evaluate_text(options: EvaluateOptions) -> dict[str, Any]:
         report.plot_confusion(matrix, names, options.output_dir / "evaluation.png")
         report.write_json(
             options.output_dir / "evaluation.json",
-            result | {"command": report.command(), "environment": report.environment(model.device)},
+            result
+            | {
+                "command": report.command(),
+                "environment": report.environment(predictor.model.device),
+            },
         )
     return result
 
@@ -119,28 +96,48 @@ class PaddedPredictor:
     """Any sequence classifier of transformers, behind what a `Predictor` offers.
 
     Args:
-        options: of the model; `max_length` is filled in if it is None.
+        options: of the model.
 
     Raises:
         UserError: if the model cannot be loaded.
     """
 
-    def __init__(self, options: PredictOptions) -> None:
-        self.model, self.tokenizer, self.label_names, self.autocast = load_model(options)
-        self.options = options
+    def __init__(self, options: EvaluateOptions | PredictOptions) -> None:
+        from nin_text import models
 
-    def predict_proba(self, texts: Sequence[str]) -> np.ndarray:
-        """(n, K) class probabilities; batches are of texts of similar length."""
+        check(options)
+        device = pick_device(options.device)
+        keep_freed_memory()
+        folder = models.local(options.model)
+        self.model, self.tokenizer = models.load(folder)
+        self.model.to(device)  # type: ignore[arg-type]
+        self.label_names = models.label_names(self.model)
+        self.precision = "bf16" if use_bf16(options.precision, device) else "fp32"
+        self.batch_tokens = options.batch_tokens
+        self.max_length = options.max_length
+        if self.max_length is None:
+            self.max_length = trained_max_length(folder)
+
+    def encode(self, texts: Sequence[str], progress: str | None = None) -> Sequence[np.ndarray]:
+        """The token ids of each text, cut to `max_length`; a progress bar if it has a title."""
         from nin_text.tokenization import encode
 
-        logits = predict_logits(
+        return encode(self.tokenizer, texts, self.max_length, progress=progress)
+
+    def logits(self, rows: Sequence[np.ndarray], progress: str | None = None) -> np.ndarray:
+        """(n, K) float32 logits of encoded texts; batches are of texts of similar length."""
+        return predict_logits(
             self.model,
-            encode(self.tokenizer, texts, self.options.max_length),
+            rows,
             pad_token_id=self.tokenizer.pad_token_id or 0,
-            batch_tokens=self.options.batch_tokens,
-            autocast=self.autocast,
+            batch_tokens=self.batch_tokens,
+            autocast=torch.bfloat16 if self.precision == "bf16" else None,
+            progress=progress,
         )
-        return softmax(logits)
+
+    def predict_proba(self, texts: Sequence[str]) -> np.ndarray:
+        """(n, K) class probabilities."""
+        return softmax(self.logits(self.encode(texts)))
 
     def fingerprint(self) -> str:
         """A hash of weights, configuration and tokenizer, wherever they lie."""
@@ -160,22 +157,17 @@ class PaddedPredictor:
 def load_predictor(options: PredictOptions) -> Predictor | PaddedPredictor:
     """What answers: packed for a saved NiN, padded for any other classifier.
 
-    Args:
-        options: `max_length` is filled in if it is None.
-
     Raises:
         UserError: if the model cannot be loaded.
     """
     check(options)
     folder = options.model
-    if folder.count("/") == 1 and not Path(folder).exists():  # a hub id may be of either kind
+    if is_hub_id(folder):  # which may be of either kind
         from nin_text.models import local
 
         folder = local(folder)
     if not saved_nin(folder):
         return PaddedPredictor(options)
-    if options.max_length is None:
-        options.max_length = trained_max_length(folder)
     return Predictor(
         folder,
         device=options.device,
@@ -202,13 +194,12 @@ def predict_text(
     Raises:
         UserError: whatever the user can mend, in one sentence.
     """
-    options = dataclasses.replace(options)  # what is left open will be filled in
     path = _page_path(options)
     predictor: Predictor | PaddedPredictor
     explainer = None
     if options.explain:  # by the model that also answers
         predictor = PaddedPredictor(options)
-        explainer = _Explainer(predictor, path)
+        explainer = _Explainer(predictor, options.model, path)
     else:
         predictor = load_predictor(options)
     texts: Iterable[str]
@@ -248,7 +239,7 @@ class _Explainer:
         UserError: if the model is no NiN.
     """
 
-    def __init__(self, predictor: PaddedPredictor, path: Path | None) -> None:
+    def __init__(self, predictor: PaddedPredictor, model: str, path: Path | None) -> None:
         from nin_text.explain_page import Page
         from nin_text.text import NiNTextForSequenceClassification
 
@@ -258,7 +249,7 @@ class _Explainer:
         self.predictor, self.path = predictor, path
         self.page: Page | None = None
         if path is not None:
-            about = f"Answers of {predictor.options.model}."
+            about = f"Answers of {model}."
             self.page = Page(predictor.label_names, "Explanations", about)
 
     def explain(self, text: str, answer: int) -> list[list[Any]]:
@@ -266,7 +257,7 @@ class _Explainer:
         from nin_text.explain import contrast, explain, to_terminal
 
         predictor = self.predictor
-        explanation = explain(self.model, predictor.tokenizer, text, predictor.options.max_length)
+        explanation = explain(self.model, predictor.tokenizer, text, predictor.max_length)
         if self.page is not None:
             self.page.add(explanation)
         else:
@@ -316,9 +307,9 @@ def _read_texts(options: PredictOptions) -> Iterable[str]:
     )
 
 
-def _portions(texts: Iterable[str], size: int = 512) -> Iterator[list[str]]:
-    """Lists of growing length up to `size`: the first answer comes at once, the rest fast."""
+def _portions(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Lists of growing length up to `PORTION`: the first answer comes at once, the rest fast."""
     iterator, length = iter(texts), 1
     while portion := list(itertools.islice(iterator, length)):
         yield portion
-        length = min(2 * length, size)
+        length = min(2 * length, PORTION)

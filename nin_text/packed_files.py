@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from nin_text.errors import UserError
+from nin_text.errors import UserError, in_one_line
 from nin_text.options import (
     CONFIG_FILE,
     MAX_JSON_BYTES,
@@ -140,7 +140,7 @@ def read_object(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path} is damaged ({' '.join(str(error).split())[:100]})") from error
+        raise UserError(f"{path} is damaged ({in_one_line(error)})") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} is damaged: it holds no JSON object")
     return value

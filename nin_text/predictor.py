@@ -30,7 +30,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from nin_text.device import pick_device, return_freed_memory, use_bf16
-from nin_text.errors import UserError
+from nin_text.errors import UserError, in_one_line
+from nin_text.hub import is_hub_id
 from nin_text.options import (
     CONFIG_FILE,
     TOKENIZER_CONFIG_FILE,
@@ -104,6 +105,7 @@ class Predictor:
         self.precision = "bf16" if bf16 else "fp32"
         if max_length is None:
             max_length = trained_max_length(str(folder))
+        self.max_length = max_length
         self.tokenizer = PackedTokenizer(folder, max_length)
         dtype = torch.bfloat16 if bf16 else torch.float32
         self.classifier = _pack(config, weights, dtype, self.device, folder, loaded)
@@ -246,15 +248,14 @@ def _folder(name: str) -> Path:
     folder = Path(model_folder(name))
     if folder.is_dir():
         return folder
-    if name.count("/") != 1 or name.startswith((".", "/")):
+    if not is_hub_id(name):
         raise UserError(f"there is no model {name!r}; give a ready-made model or a run folder")
     from nin_text.model_files import local_folder  # imports transformers, which takes seconds
 
     try:
         return Path(local_folder(name))
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"no model could be loaded from {name!r} ({reason})") from error
+        raise UserError(f"no model could be loaded from {name!r} ({in_one_line(error)})") from error
 
 
 def _load(folder: Path) -> NiNTextForSequenceClassification:

@@ -72,17 +72,18 @@ class Child:
         self.connection.close()
 
 
-def call(work: Callable[..., Any], *arguments: Any) -> Any:
-    """What `work(*arguments, connection)` returns, computed in a process of its own.
+def call(work: Callable[..., Any], options: CommonOptions, *arguments: Any) -> Any:
+    """What `work(options, *arguments)` returns, computed in a process of its own.
 
     Args:
         work: a function of a module; its memory is measured alone.
-        arguments: one of them the options, which set up logging.
+        options: also set up logging there.
+        arguments: whatever can be pickled.
 
     Raises:
         UserError: see `Child.receive`.
     """
-    child = start(work, *arguments)
+    child = start(_without_connection, options, work, *arguments)
     try:
         result = child.receive()
         child.join()
@@ -91,10 +92,13 @@ def call(work: Callable[..., Any], *arguments: Any) -> Any:
         child.kill()
 
 
-def start(work: Callable[..., Any], *arguments: Any) -> Child:
-    """Start `work(*arguments, connection)` in another process; `Child.receive` has its result."""
+def start(work: Callable[..., Any], options: CommonOptions, *arguments: Any) -> Child:
+    """Start `work(connection, options, *arguments)` in another process.
+
+    `Child.receive` has what it sends, and at last what it returns.
+    """
     here, there = CONTEXT.Pipe()
-    process = CONTEXT.Process(target=_run, args=(work, there, *arguments))
+    process = CONTEXT.Process(target=_run, args=(work, there, options, *arguments))
     # Ctrl-C reaches the children as well. They ignore it from their first moment: it is this
     # process that ends them.
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -108,13 +112,20 @@ def start(work: Callable[..., Any], *arguments: Any) -> Child:
     return Child(process, here)
 
 
-def _run(work: Callable[..., Any], connection: Connection, *arguments: Any) -> None:
+def _without_connection(
+    connection: Connection, options: CommonOptions, work: Callable[..., Any], *arguments: Any
+) -> Any:
+    return work(options, *arguments)
+
+
+def _run(
+    work: Callable[..., Any], connection: Connection, options: CommonOptions, *arguments: Any
+) -> None:
     """What the process does."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    options = next(value for value in arguments if isinstance(value, CommonOptions))
     cli.set_up_logging(quiet=options.quiet, verbose=options.verbose)
     try:
-        connection.send(("result", work(*arguments, connection)))
+        connection.send(("result", work(connection, options, *arguments)))
     except UserError as error:
         connection.send(("error", str(error)))
     except Exception as error:

@@ -31,7 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nin_text import report
-from nin_text.data import TextDataset
+from nin_text.data import TextDataset, load_text_dataset
 from nin_text.options import PRESET_NAMES, QUICK_LIMIT, QUICK_ROUNDS, BenchmarkOptions, check
 from nin_text.packed import FoldedBlock, PackedClassifier
 from nin_text.predictor import MODEL_FILES, Predictor
@@ -131,12 +131,11 @@ def with_defaults(options: BenchmarkOptions) -> BenchmarkOptions:
     return replace(options, limit=options.limit or QUICK_LIMIT, rounds=QUICK_ROUNDS)
 
 
-def benchmark(options: BenchmarkOptions, dataset: TextDataset) -> dict[str, Any]:
+def benchmark(options: BenchmarkOptions) -> dict[str, Any]:
     """Measure, and leave benchmark.json and benchmark.md in the output folder.
 
     Args:
         options: see `BenchmarkOptions`.
-        dataset: loaded with these options; `with_defaults` has been applied.
 
     Returns:
         The folder and the ratios that matter most.
@@ -145,6 +144,8 @@ def benchmark(options: BenchmarkOptions, dataset: TextDataset) -> dict[str, Any]
         UserError: whatever the user can mend, in one sentence.
     """
     check(options)
+    options = with_defaults(options)
+    dataset = load_text_dataset(options.dataset, **options.arguments())
     folder = options.output_dir or Path("benchmarks") / dataset_slug(options)
     folder.mkdir(parents=True, exist_ok=True)
     threads = options.threads or available_cores()

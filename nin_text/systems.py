@@ -29,6 +29,7 @@ from nin_text.data import TextDataset
 from nin_text.device import keep_freed_memory, pick_device, use_bf16
 from nin_text.errors import UserError
 from nin_text.evaluation import pad, predict_logits, softmax
+from nin_text.hub import is_hub_id
 from nin_text.options import (
     ARCHITECTURES,
     FASTTEXT,
@@ -97,7 +98,7 @@ def create(spec: str, options: CompareOptions) -> System:
         return TrainedNetwork(spec, options)
     if (Path(spec) / METRICS_FILE).is_file():
         return SavedRun(spec, options)
-    if not Path(spec).is_dir() and spec.count("/") != 1:
+    if not Path(spec).is_dir() and not is_hub_id(spec):
         names = ", ".join([*PRESET_NAMES, *NETWORK_NAMES, *LINEAR_NAMES, FASTTEXT, *PACKAGED])
         raise UserError(
             f"there is no system {spec!r}: it is not one of {names}, not a folder, not a hub id "

@@ -76,8 +76,6 @@ class NiNTextPreTrainedModel(PreTrainedModel):
     config_class = NiNTextConfig
     base_model_prefix = "nin"
     accepts_loss_kwargs = True
-    # Older files have this bias, which softmax cancels.
-    _keys_to_ignore_on_load_unexpected = [r"attention\.bias"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -111,7 +109,7 @@ class NiNTextModel(NiNTextPreTrainedModel):
     # While it is trained: what stands in for `through_blocks`, see `cuda_graphs.py`.
     graphs: Callable[[Tensor, Tensor], Tensor] | None = None
     # It is loaded from saved classifiers, whose head it has no use for.
-    _keys_to_ignore_on_load_unexpected = [r"^classifier\.", r"^ngrams\.", r"attention\.bias"]
+    _keys_to_ignore_on_load_unexpected = [r"^classifier\.", r"^ngrams\."]
 
     def __init__(self, config: NiNTextConfig) -> None:
         super().__init__(config)

@@ -22,7 +22,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from nin_text.errors import UserError
+from nin_text.errors import UserError, in_one_line
 from nin_text.word_table import WordTable, clean, cut_and_fill
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,6 @@ def train_tokenizer(
     *,
     kind: str = "wordpiece",
     vocab_size: int = 30_000,
-    min_frequency: int = 2,
     lowercase: bool = True,
 ) -> PreTrainedTokenizerFast:
     """Train a tokenizer; equal texts and options give an equal tokenizer in every process.
@@ -70,7 +69,6 @@ def train_tokenizer(
         texts: the training texts.
         kind: "wordpiece", "bpe" or "word".
         vocab_size: most tokens that the vocabulary may hold, special tokens included.
-        min_frequency: tokens seen less often are left out.
         lowercase: fold case.
 
     Raises:
@@ -83,7 +81,7 @@ def train_tokenizer(
     normalizer = normalizers.Sequence(steps + [normalizers.Lowercase()] * lowercase)
     options: dict[str, Any] = {
         "vocab_size": vocab_size,
-        "min_frequency": min_frequency,
+        "min_frequency": 2,  # what is seen once can be learned of no other text
         "show_progress": False,
     }
     trainer: trainers.Trainer
@@ -192,17 +190,13 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
             raise ValueError(f"model_max_length is {tokenizer.model_max_length}")
     except Exception as error:
         raise UserError(
-            f"no tokenizer could be loaded from {name!r} ({_first_line(error)}); give a folder "
+            f"no tokenizer could be loaded from {name!r} ({in_one_line(error)}); give a folder "
             f"that holds a tokenizer.json, the id of a model on the Hugging Face hub, or one of "
             f"{', '.join(KINDS)} to train one"
         ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def truncation(tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> dict[str, Any]:

@@ -46,7 +46,7 @@ from nin_text.callbacks import (
 )
 from nin_text.cuda_graphs import block_graphs, encoder_of
 from nin_text.device import use_bf16
-from nin_text.errors import UserError
+from nin_text.errors import UserError, in_one_line
 from nin_text.evaluation import pad, predict_logits, softmax
 from nin_text.options import TrainOptions, is_nin
 from nin_text.report import write_json
@@ -346,7 +346,7 @@ def _whole(checkpoint: Path | str | None) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # of json, safetensors, torch and pickle
-        reason = " ".join(str(error).split())[:160]
+        reason = in_one_line(error)
         raise UserError(
             f"the checkpoint {checkpoint} is damaged ({reason}); remove it, or start anew without "
             f"--resume"

@@ -30,6 +30,7 @@ from transformers import (
 from nin_text import models
 from nin_text.errors import UserError, in_one_line
 from nin_text.evaluation import predict_logits, softmax
+from nin_text.hub import is_hub_id
 from nin_text.options import TrainOptions, run_metrics, saved_nin, trained_max_length
 from nin_text.readers import open_text, reading, suffix_of
 from nin_text.tokenization import CONTINUATION, encode
@@ -66,8 +67,7 @@ def of_run(metrics: dict[str, Any]) -> list[str]:
 
 def _name(source: str) -> str:
     """A hub id as it is, and of a path the last part; on one line."""
-    is_path = Path(source).is_absolute() or source.count("/") != 1 or Path(source).exists()
-    return " ".join((Path(source).name if is_path else source).split())
+    return " ".join((source if is_hub_id(source) else Path(source).name).split())
 
 
 # ---- embeddings --------------------------------------------------------------------------------

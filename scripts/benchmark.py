@@ -9,8 +9,7 @@ benchmark.json in the output folder.
 from typing import Any
 
 from nin_text import cli
-from nin_text.data import load_text_dataset
-from nin_text.options import BenchmarkOptions, check
+from nin_text.options import BenchmarkOptions
 
 EXAMPLES = """\
   python scripts/benchmark.py --quick              # about two minutes on built-in reviews
@@ -19,18 +18,11 @@ EXAMPLES = """\
 """
 
 
-def main() -> None:
-    options = cli.parse(BenchmarkOptions, __doc__, EXAMPLES)
+def work(options: BenchmarkOptions) -> dict[str, Any]:
+    from nin_text.speed import benchmark
 
-    def work() -> dict[str, Any]:
-        check(options)
-        from nin_text.speed import benchmark, with_defaults
-
-        chosen = with_defaults(options)
-        return benchmark(chosen, load_text_dataset(chosen.dataset, **chosen.arguments()))
-
-    cli.run(work)
+    return benchmark(options)
 
 
 if __name__ == "__main__":
-    main()
+    cli.main(BenchmarkOptions, __doc__, EXAMPLES, work)

@@ -4,7 +4,6 @@ from typing import Any
 
 from nin_text import cli
 from nin_text.image_options import ImageBenchmarkOptions, check_networks
-from nin_text.options import check
 
 EXAMPLES = """\
   python scripts/benchmark_image.py
@@ -13,18 +12,12 @@ EXAMPLES = """\
 """
 
 
-def main() -> None:
-    options = cli.parse(ImageBenchmarkOptions, __doc__, EXAMPLES)
+def work(options: ImageBenchmarkOptions) -> dict[str, Any]:
+    check_networks(options.models)
+    from nin_text.image_speed import benchmark_images
 
-    def work() -> dict[str, Any]:
-        check(options)
-        check_networks(options.models)
-        from nin_text.image_speed import benchmark_images
-
-        return benchmark_images(options)
-
-    cli.run(work)
+    return benchmark_images(options)
 
 
 if __name__ == "__main__":
-    main()
+    cli.main(ImageBenchmarkOptions, __doc__, EXAMPLES, work)

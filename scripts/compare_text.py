@@ -9,8 +9,7 @@ stopped.
 from typing import Any
 
 from nin_text import cli
-from nin_text.data import load_text_dataset
-from nin_text.options import CompareOptions, check
+from nin_text.options import CompareOptions
 
 EXAMPLES = """\
   python scripts/compare_text.py --quick                    # two minutes on built-in reviews
@@ -20,18 +19,11 @@ EXAMPLES = """\
 """
 
 
-def main() -> None:
-    options = cli.parse(CompareOptions, __doc__, EXAMPLES)
+def work(options: CompareOptions) -> dict[str, Any]:
+    from nin_text.comparison import compare_text
 
-    def work() -> dict[str, Any]:
-        check(options)
-        from nin_text.comparison import compare_text, with_defaults
-
-        chosen = with_defaults(options)
-        return compare_text(chosen, load_text_dataset(chosen.dataset, **chosen.arguments()))
-
-    cli.run(work)
+    return compare_text(options)
 
 
 if __name__ == "__main__":
-    main()
+    cli.main(CompareOptions, __doc__, EXAMPLES, work)

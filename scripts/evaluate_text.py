@@ -13,17 +13,11 @@ EXAMPLES = """\
 """
 
 
-def main() -> None:
-    options = cli.parse(EvaluateOptions, __doc__, EXAMPLES)
+def work(options: EvaluateOptions) -> dict[str, Any]:
+    from nin_text.inference import evaluate_text
 
-    def work() -> dict[str, Any]:
-        # Imports torch: seconds that --help must not take.
-        from nin_text.inference import evaluate_text
-
-        return evaluate_text(options)
-
-    cli.run(work)
+    return evaluate_text(options)
 
 
 if __name__ == "__main__":
-    main()
+    cli.main(EvaluateOptions, __doc__, EXAMPLES, work)

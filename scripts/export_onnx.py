@@ -16,17 +16,11 @@ then, where torch need not be installed:
 """
 
 
-def main() -> None:
-    options = cli.parse(ExportOptions, __doc__, EXAMPLES)
+def work(options: ExportOptions) -> dict[str, Any]:
+    from nin_text.export import export_onnx
 
-    def work() -> dict[str, Any]:
-        # Imports torch: seconds that --help must not take.
-        from nin_text.export import export_onnx
-
-        return export_onnx(options)
-
-    cli.run(work)
+    return export_onnx(options)
 
 
 if __name__ == "__main__":
-    main()
+    cli.main(ExportOptions, __doc__, EXAMPLES, work)

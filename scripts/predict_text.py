@@ -2,8 +2,6 @@
 
 import io
 import sys
-from collections.abc import Iterator
-from typing import Any
 
 from nin_text import cli
 from nin_text.options import PredictOptions
@@ -20,26 +18,20 @@ EXAMPLES = """\
 """
 
 
-def main() -> None:
-    options = cli.parse(PredictOptions, __doc__, EXAMPLES)
+def work(options: PredictOptions) -> cli.Results:
+    if options.output is not None:
+        from nin_text.bulk import score_files
 
-    def work() -> Iterator[dict[str, Any]]:
-        # Imports torch: seconds that --help must not take.
-        if options.output is not None:
-            from nin_text.bulk import score_files
+        return score_files(options)
+    from nin_text.inference import predict_text
 
-            return iter([score_files(options)])
-        from nin_text.inference import predict_text
-
-        lines = None
-        if not options.texts and options.file is None:
-            if sys.stdin.isatty():
-                print("reading texts from the keyboard, one a line", file=sys.stderr)
-            lines = io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8", errors="replace")
-        return predict_text(options, lines)
-
-    cli.run(work)
+    lines = None
+    if not options.texts and options.file is None:
+        if sys.stdin.isatty():
+            print("reading texts from the keyboard, one a line", file=sys.stderr)
+        lines = io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8", errors="replace")
+    return predict_text(options, lines)
 
 
 if __name__ == "__main__":
-    main()
+    cli.main(PredictOptions, __doc__, EXAMPLES, work)

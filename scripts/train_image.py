@@ -5,7 +5,6 @@ from typing import Any
 from nin_text import cli
 from nin_text.image_data import load_image_dataset
 from nin_text.image_options import ImageTrainOptions, with_image_recipe
-from nin_text.options import check
 
 EXAMPLES = """\
   python scripts/train_image.py                             # built-in digits, under a minute
@@ -16,20 +15,14 @@ EXAMPLES = """\
 """
 
 
-def main() -> None:
-    options = cli.parse(ImageTrainOptions, __doc__, EXAMPLES)
+def work(options: ImageTrainOptions) -> dict[str, Any]:
+    # Before torch is imported, so that a mistake in the options or the data shows at once.
+    with_image_recipe(options)
+    dataset = load_image_dataset(options.dataset, **options.arguments())
+    from nin_text.image_runs import train_image
 
-    def work() -> dict[str, Any]:
-        # A mistake in the options or the data shows at once, before torch is imported.
-        check(options)
-        with_image_recipe(options)
-        dataset = load_image_dataset(options.dataset, **options.arguments())
-        from nin_text.image_runs import train_image
-
-        return train_image(options, dataset)
-
-    cli.run(work)
+    return train_image(options, dataset)
 
 
 if __name__ == "__main__":
-    main()
+    cli.main(ImageTrainOptions, __doc__, EXAMPLES, work)

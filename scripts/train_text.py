@@ -4,7 +4,7 @@ from typing import Any
 
 from nin_text import cli
 from nin_text.data import load_text_dataset
-from nin_text.options import TrainOptions, check
+from nin_text.options import TrainOptions
 
 EXAMPLES = """\
   python scripts/train_text.py                              # built-in reviews, under a minute
@@ -18,19 +18,13 @@ EXAMPLES = """\
 """
 
 
-def main() -> None:
-    options = cli.parse(TrainOptions, __doc__, EXAMPLES)
+def work(options: TrainOptions) -> dict[str, Any]:
+    # Before torch is imported, so that a mistake in the data shows at once.
+    dataset = load_text_dataset(options.dataset, **options.arguments())
+    from nin_text.runs import train_text
 
-    def work() -> dict[str, Any]:
-        # A mistake in the options or the data shows at once, before torch is imported.
-        check(options)
-        dataset = load_text_dataset(options.dataset, **options.arguments())
-        from nin_text.runs import train_text
-
-        return train_text(options, dataset)
-
-    cli.run(work)
+    return train_text(options, dataset)
 
 
 if __name__ == "__main__":
-    main()
+    cli.main(TrainOptions, __doc__, EXAMPLES, work)

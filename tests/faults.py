@@ -41,7 +41,6 @@ import numpy as np
 
 from nin_text import bulk, bulk_parts, cli, demo_data, models
 from nin_text.comparison import compare_text
-from nin_text.data import load_text_dataset
 from nin_text.errors import UserError
 from nin_text.export import export_onnx, open_session, run
 from nin_text.options import CompareOptions, ExportOptions, PredictOptions, TrainOptions
@@ -116,7 +115,7 @@ def works(source: Path) -> dict[str, Work]:
             threads=1,
             output_dir=place / "comparison",
         )
-        return compare_text(options, load_text_dataset("demo_reviews", limit=60))
+        return compare_text(options)
 
     return {
         "training": Work(training(epochs=3, pretrain_epochs=1, self_training_epochs=1), _model),

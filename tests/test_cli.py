@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from nin_text import cli
 from nin_text.errors import UserError
+from nin_text.options import EvaluateOptions
 
 
 def failing(error: BaseException):
@@ -38,6 +39,21 @@ def test_results_go_to_standard_output_and_everything_else_to_standard_error(
     assert captured.out == '{"a": "ü"}\n{"b": 1.5}\n'
     assert captured.err == "chatter\n"
     assert sys.stdout is not sys.stderr
+
+
+def test_a_mistake_in_the_options_is_told_before_the_work_begins(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["evaluate_text.py", "--model", "m", "--max-length", "-1"])
+    begun: list[EvaluateOptions] = []
+    with pytest.raises(SystemExit) as caught:
+        cli.main(EvaluateOptions, None, "", lambda options: begun.append(options) or {})
+    assert caught.value.code == 2
+    assert "--max-length must be between 0 and" in capsys.readouterr().err
+    assert not begun
+    monkeypatch.setattr(sys, "argv", ["evaluate_text.py", "--model", "m"])
+    cli.main(EvaluateOptions, None, "", lambda options: {"model": options.model})
+    assert capsys.readouterr().out == '{"model": "m"}\n'
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def compare(dataset: object, folder: Path, *models: str, **changes: object) -> d
         | {"threads": 1, "quiet": True}
         | changes
     )
-    return compare_text(options, load_text_dataset(options.dataset, **options.arguments()))
+    return compare_text(options)
 
 
 @pytest.fixture

@@ -477,18 +477,15 @@ def test_images_train_under_torchrun(tmp_path: Path) -> None:
 def test_a_small_benchmark_of_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in SMALL.items():
         monkeypatch.setattr(speed, name, value)
-    options = speed.with_defaults(
-        BenchmarkOptions(
-            model=["imdb-sentiment"],
-            quick=True,
-            limit=100,
-            threads=2,
-            output_dir=tmp_path,
-            device=DEVICE,
-        )
+    options = BenchmarkOptions(
+        model=["imdb-sentiment"],
+        quick=True,
+        limit=100,
+        threads=2,
+        output_dir=tmp_path,
+        device=DEVICE,
     )
-    dataset = load_text_dataset(options.dataset, **options.arguments())
-    speed.benchmark(options, dataset)
+    speed.benchmark(options)
     result = json.loads((tmp_path / "benchmark.json").read_text(encoding="utf-8"))
     assert result["environment"]["device"] == DEVICE
     assert all(min(entry["seconds"]) > 0 for entry in result["entries"].values())

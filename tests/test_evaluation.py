@@ -18,6 +18,7 @@ from nin_text.evaluation import (
     bootstrap_interval,
     calibration_error,
     classification_metrics,
+    most_confident_mistakes,
     pad,
     predict_logits,
     softmax,
@@ -125,3 +126,9 @@ def test_logits_come_back_in_the_order_given_whatever_the_batches() -> None:
     assert np.allclose(small[1], alone[0], atol=1e-5)
     with pytest.raises(ValueError, match="no texts"):
         predict_logits(model, [], pad_token_id=0)
+
+
+def test_mistakes_are_the_most_confident_first() -> None:
+    probabilities = np.array([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4], [0.3, 0.7]])
+    assert most_confident_mistakes(probabilities, [1, 1, 1, 0]).tolist() == [0, 3, 2]
+    assert most_confident_mistakes(probabilities, [0, 1, 0, 1]).tolist() == []

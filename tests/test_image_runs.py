@@ -18,7 +18,7 @@ from nin_text import ImageTrainOptions, UserError, load_image_dataset, train_ima
 from nin_text.configuration import IMAGE_PRESETS
 from nin_text.image_data import ImageSplit
 from nin_text.image_options import IMAGE_PRESET_NAMES, IMAGE_RECIPES, with_image_recipe
-from nin_text.image_page import MAX_IMAGES, class_maps_html, most_confident_mistakes
+from nin_text.image_page import MAX_IMAGES, class_maps_html
 from nin_text.image_runs import build_image_model
 from nin_text.image_training import (
     ImageTensors,
@@ -250,12 +250,6 @@ def test_images_are_computed_in_pieces_that_fit_into_memory() -> None:
     shapes = ((9, 32, 32, 3), (9, 224, 224, 3), (9, 1024, 1024, 1))
     with torch.device("meta"):
         assert [images_at_a_time(torch.empty(shape)) for shape in shapes] == [512, 10, 1]
-
-
-def test_mistakes_are_the_most_confident_first() -> None:
-    probabilities = np.array([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4], [0.3, 0.7]])
-    assert most_confident_mistakes(probabilities, [1, 1, 1, 0]) == [0, 3, 2]
-    assert most_confident_mistakes(probabilities, [0, 1, 0, 1]) == []
 
 
 def test_class_maps_point_at_what_tells_the_classes_apart() -> None:

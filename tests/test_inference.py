@@ -48,8 +48,9 @@ def test_a_run_on_the_hub_answers_as_the_run_does(
     (folder / "metrics.json").write_text(json.dumps(metrics))
     monkeypatch.setattr("nin_text.model_files.snapshot_download", lambda *_, **__: str(folder))
     options = PredictOptions(model="someone/model")
-    assert isinstance(load_predictor(options), Predictor)
-    assert options.max_length == 3
+    predictor = load_predictor(options)
+    assert isinstance(predictor, Predictor)
+    assert predictor.max_length == 3
     texts = [GOOD, BAD]
     assert predict(Path("someone/model"), texts=texts) == predict(folder, texts=texts)
     losses = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from multiprocessing.connection import Connection
 
 import numpy as np
 import pytest
@@ -20,7 +19,7 @@ def test_a_childs_memory_is_its_own() -> None:
     del ballast
 
 
-def peak(options: CompareOptions, connection: Connection) -> float:
+def peak(options: CompareOptions) -> float:
     return report.peak_memory_mb()
 
 
@@ -29,5 +28,5 @@ def test_a_process_that_dies_is_told_in_a_sentence() -> None:
         processes.call(die, CompareOptions(quiet=True))
 
 
-def die(options: CompareOptions, connection: Connection) -> None:
+def die(options: CompareOptions) -> None:
     os._exit(9)

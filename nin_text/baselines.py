@@ -20,7 +20,7 @@ from sklearn.svm import LinearSVC
 from nin_text.data import Split, TextDataset
 from nin_text.errors import UserError
 from nin_text.evaluation import softmax
-from nin_text.ngrams import fit_linear
+from nin_text.ngrams import fit_naive_bayes_regression
 from nin_text.report import write_json
 from nin_text.tokenization import clean
 
@@ -201,7 +201,7 @@ class LinearNGrams:
             warnings.simplefilter("ignore", ConvergenceWarning)  # near enough
             if self.svm:
                 return weights_of(LinearSVC(C=c, random_state=0).fit(x, truth), classes)
-            return fit_linear(x, truth, classes, c=c, smoothing=SMOOTHING)
+            return fit_naive_bayes_regression(x, truth, classes, c=c, smoothing=SMOOTHING)
 
     def load(self, folder: Path) -> None:
         tensors = load_file(folder / "weights.safetensors")

@@ -38,7 +38,6 @@ from nin_text.data import (
 from nin_text.device import pick_device, use_bf16
 from nin_text.errors import UserError
 from nin_text.evaluation import classification_metrics, paired_difference
-from nin_text.ngrams import best_scales
 from nin_text.options import (
     ARCHITECTURES,
     DEFAULT_SYSTEMS,
@@ -50,6 +49,7 @@ from nin_text.options import (
     check,
 )
 from nin_text.run_folder import ANSWERS_FILE, dataset_slug
+from nin_text.stacking import best_scales
 from nin_text.systems import SavedRun, create
 
 logger = logging.getLogger(__name__)

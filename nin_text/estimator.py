@@ -69,7 +69,6 @@ from nin_text.training import (
     EncodedTexts,
     TextTrainer,
     TokenBatchSampler,
-    shared_arguments,
 )
 
 
@@ -397,7 +396,6 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
         held, rest = hold_out(labels, self.validation_fraction)
         validation = EncodedTexts([rows[i] for i in held], labels[held])
         device = pick_device(self.device)
-        common = shared_arguments(options, device)
         with tempfile.TemporaryDirectory(prefix="nin-text-") as folder:
             learner = Learner(
                 options,
@@ -405,9 +403,9 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
                 tokenizer,
                 validation,
                 Path(folder) / "run",
-                common,
+                device,
                 new_head,
-                best_pass=self.early_stopping,
+                keep_best_epoch=self.early_stopping,
             )
             if unlabelled:
                 more = encode(tokenizer, unlabelled, self.max_length)
@@ -415,15 +413,17 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
                     "train": EncodedTexts([rows[i] for i in rest], labels[rest]),
                     "unsupervised": EncodedTexts(more, np.full(len(more), -1)),
                 }
-                trainer = learn(learner, encoded, {}, [], device)
+                trainer = learn(learner, encoded, {}, [])
             else:
                 others = [rows[i] for i in rest]
-                trainer = self._from_labels(learner, others, labels, weight, rest, device)
+                trainer = self._from_labels(learner, others, labels, weight, rest)
             # The averaged copy: the Trainer leaves the model itself wrapped for bfloat16.
             best = trainer.best_model
             assert isinstance(best, NiNTextForSequenceClassification) and best is not model
             if best.ngrams is not None:
-                stages.fit_to(best.ngrams, rows, labels, learner.answered, sample_weight=weight)
+                stages.fit_to(
+                    best.ngrams, rows, labels, learner.pseudo_labelled, sample_weight=weight
+                )
                 best.rescale(1.0, learner.ngram_scale)
         return best, round(trainer.state.epoch or 0)
 
@@ -434,23 +434,22 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
         labels: np.ndarray,
         weight: np.ndarray | None,
         rest: list[int],
-        device: torch.device,
     ) -> TextTrainer:
         """Learn from the texts that are not held out, the `rest`, by their weights."""
         branch, passes = learner.nin.ngrams, learner.options.pretrain_epochs
         parts = None if weight is None else weight[rest]
-        held_out = None
+        out_of_fold = None
         if branch is not None:
             ngrams.fit(branch, rows, labels[rest], sample_weight=parts)
-            held_out = ngrams.held_out_logits(branch, rows, labels[rest], sample_weight=parts)
-            learner.expected = stages.expected_scales(
-                held_out, labels[rest], labels_alone=not saved_nin(learner.options.model)
+            out_of_fold = ngrams.out_of_fold_logits(branch, rows, labels[rest], sample_weight=parts)
+            learner.prior_scales = stages.prior_scales(
+                out_of_fold, labels[rest], labels_alone=not saved_nin(learner.options.model)
             )
             if passes:
                 learner.pretrain("pretraining", passes, rows, choose_targets(branch, rows))
         if labels.ndim == 1:
             counts = None if parts is None else parts / parts.mean()
-            learner.probe_head(rows, labels[rest], held_out, device, counts)
+            learner.probe_head(rows, labels[rest], out_of_fold, counts)
         targets = self._targets(labels, weight, learner.nin.classifier.out_features)[rest]
         train = EncodedTexts(rows, targets)
         return learner.train("training", learner.options.epochs, train)

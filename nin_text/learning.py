@@ -6,16 +6,16 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nin_text import ngrams, stages
+from nin_text import ngrams, stacking, stages
+from nin_text.device import use_bf16
 from nin_text.options import TrainOptions, is_nin, saved_nin
 from nin_text.pretraining import Targets, choose_targets
-from nin_text.probe import start_from_probe
+from nin_text.probe import fit_head
 from nin_text.text import NiNTextForSequenceClassification
 from nin_text.training import EncodedTexts, TextTrainer, text_trainer
 from nin_text.transfer import Teacher
@@ -32,7 +32,7 @@ def few_labels(options: TrainOptions, labelled: int, unlabelled: int) -> bool:
         options: the recipe may have been filled in or not.
         labelled, unlabelled: how many texts there are to train on.
     """
-    few = ngrams.are_few(labelled) and unlabelled >= TIMES_AS_MANY * labelled
+    few = stacking.are_few(labelled) and unlabelled >= TIMES_AS_MANY * labelled
     wanted = options.unlabelled and not options.teacher and is_nin(options.model)
     return few and wanted and 0 not in (options.ngrams, options.self_training_epochs)
 
@@ -44,9 +44,9 @@ class Learner:
     Attributes:
         seconds: of each stage so far.
         new_head: whether the encoder is a saved one, and the head that it was trained with gone.
-        expected: factors on network and n-grams, for `stages.fuse`.
-        answered: unlabelled texts to which the n-gram branch has been fitted, too.
-        best_pass: see `text_trainer`.
+        prior_scales: factors on network and n-grams taken for likely beforehand, for `stages.fuse`.
+        pseudo_labelled: unlabelled texts to which the n-gram branch has been fitted, too.
+        keep_best_epoch: see `text_trainer`.
         ngram_scale: the factor on the branch, as it is fitted to labels and answers, in the end.
     """
 
@@ -55,12 +55,12 @@ class Learner:
     tokenizer: PreTrainedTokenizerBase
     validation: EncodedTexts
     checkpoints: Path
-    common: dict[str, Any]
+    device: torch.device
     new_head: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
-    expected: tuple[float, float] = (1.0, 1.0)
-    answered: stages.Answered | None = None
-    best_pass: bool = True
+    prior_scales: tuple[float, float] = (1.0, 1.0)
+    pseudo_labelled: stages.PseudoLabelled | None = None
+    keep_best_epoch: bool = True
     ngram_scale: float = 1.0
 
     def train(self, name: str, epochs: int, texts: EncodedTexts) -> TextTrainer:
@@ -73,13 +73,13 @@ class Learner:
             texts,
             self.validation,
             epochs=epochs,
-            best_pass=self.best_pass,
-            **self.common,
+            keep_best_epoch=self.keep_best_epoch,
+            device=self.device,
         )
         trainer.train_or_resume()
         self.seconds[name] = trainer.seconds
         if getattr(trainer.best_model, "ngrams", None) is not None:
-            self.ngram_scale = stages.fuse(trainer, self.expected)
+            self.ngram_scale = stages.fuse(trainer, self.prior_scales)
         return trainer
 
     def pretrain(
@@ -87,15 +87,14 @@ class Learner:
     ) -> None:
         """Pretrain the encoder."""
         self.seconds[name] = stages.pretrain(
-            self.nin, texts, targets, self.checkpoints / name, self.options, epochs, **self.common
+            self.nin, texts, targets, self.checkpoints / name, self.options, epochs, self.device
         )
 
     def probe_head(
         self,
         rows: Sequence[np.ndarray],
         labels: np.ndarray,
-        held_out: np.ndarray | None,
-        device: torch.device,
+        out_of_fold: np.ndarray | None,
         sample_weight: np.ndarray | None = None,
     ) -> None:
         """Let the head of a saved encoder begin with what a few labels tell a linear probe.
@@ -104,17 +103,16 @@ class Learner:
         the few steps there are go into unlearning it. Many labels make up for that.
 
         Args:
-            rows, labels, sample_weight: see `probe.start_from_probe`.
-            held_out: what `stages.fit_ngrams` returned; None without n-grams.
-            device: where to compute.
+            rows, labels, sample_weight: see `probe.fit_head`.
+            out_of_fold: what `stages.fit_ngrams` returned; None without n-grams.
         """
-        if not self.new_head or len(rows) > ngrams.FEW:
+        if not self.new_head or len(rows) > stacking.FEW:
             return
-        self.model.to(device)  # type: ignore[arg-type]
-        probed = start_from_probe(self.nin, rows, labels, sample_weight)
-        if probed is not None and held_out is not None:
-            network, branch = ngrams.best_scales([probed, held_out], labels)
-            self.expected = float(network), float(branch)
+        self.model.to(self.device)  # type: ignore[arg-type]
+        probed = fit_head(self.nin, rows, labels, sample_weight)
+        if probed is not None and out_of_fold is not None:
+            network, branch = stacking.best_scales([probed, out_of_fold], labels)
+            self.prior_scales = float(network), float(branch)
 
     @property
     def nin(self) -> NiNTextForSequenceClassification:
@@ -128,7 +126,6 @@ def learn(
     encoded: dict[str, EncodedTexts],
     texts: Mapping[str, Sequence[str]],
     teachers: Sequence[Teacher],
-    device: torch.device,
 ) -> TextTrainer:
     """All stages of training; the trainer of the last one.
 
@@ -136,55 +133,54 @@ def learn(
         learner: its model is trained.
         encoded, texts: of each split but "test", and of "unsupervised" if it is to be learned from.
         teachers: may be none if their answers have been saved.
-        device: where to compute.
     """
     options = learner.options
     learner.checkpoints.mkdir(parents=True, exist_ok=True)
     labelled, unlabelled = encoded["train"], encoded.get("unsupervised")
-    opinions = held_out = None
+    opinions = out_of_fold = None
     if options.teacher:
         opinions, learner.seconds["teacher"] = stages.ask_teachers(
             teachers,
             options,
             [*texts["train"], *texts.get("unsupervised", [])],
             learner.checkpoints / TEACHER_FILE,
-            device,
+            learner.device,
         )
     if options.ngrams:
-        held_out = stages.fit_ngrams(learner.nin, labelled, learner.validation)
+        out_of_fold = stages.fit_ngrams(learner.nin, labelled, learner.validation)
         more = unlabelled and (options.pretrain_epochs or options.self_training_epochs)
         outside = (options.teacher, options.init_embeddings, saved_nin(options.model), more)
-        learner.expected = stages.expected_scales(
-            held_out, labelled.labels, labels_alone=not any(outside)
+        learner.prior_scales = stages.prior_scales(
+            out_of_fold, labelled.labels, labels_alone=not any(outside)
         )
         if unlabelled and few_labels(options, len(labelled), len(unlabelled)):
-            assert held_out is not None
-            learner.model.to(device)  # type: ignore[arg-type]
-            return _from_few_labels(learner, labelled, unlabelled, held_out)
+            assert out_of_fold is not None
+            learner.model.to(learner.device)  # type: ignore[arg-type]
+            return _from_few_labels(learner, labelled, unlabelled, out_of_fold)
         if options.pretrain_epochs:
             rows = [*labelled.rows, *(unlabelled.rows if unlabelled else [])]
             targets = choose_targets(stages.branch_of(learner.nin), labelled.rows)
             learner.pretrain("pretraining", options.pretrain_epochs, rows, targets)
-    learner.probe_head(labelled.rows, labelled.labels, held_out, device)
+    learner.probe_head(labelled.rows, labelled.labels, out_of_fold)
     if opinions is not None:
-        labelled, unlabelled = stages.taught(labelled, unlabelled, opinions), None
+        labelled, unlabelled = stages.distillation_targets(labelled, unlabelled, opinions), None
     if not options.self_training_epochs or not unlabelled:
         return learner.train("training", options.epochs, labelled)
     path = learner.checkpoints / LABELLED_FILE
-    saved = stages.saved_answers(path)
+    saved = stages.saved_probabilities(path)
     if saved is None:
         start = copy.deepcopy(learner.model.state_dict())
         first = learner.train("training", options.epochs, labelled)
-        answers = stages.label_unlabelled(first, unlabelled, path)
+        answers = stages.pseudo_label(first, unlabelled, path)
         learner.model.load_state_dict(start)
     else:
         answers, learner.seconds["training"] = saved
-    together = stages.with_answers(labelled, unlabelled, answers)
+    together = stages.with_pseudo_labels(labelled, unlabelled, answers)
     return learner.train("self-training", options.self_training_epochs, together)
 
 
 def _from_few_labels(
-    learner: Learner, labelled: EncodedTexts, unlabelled: EncodedTexts, held_out: np.ndarray
+    learner: Learner, labelled: EncodedTexts, unlabelled: EncodedTexts, out_of_fold: np.ndarray
 ) -> TextTrainer:
     """Few texts with labels, and more without: pretraining and a probe, twice, then self-training.
 
@@ -201,20 +197,20 @@ def _from_few_labels(
         if i:  # back to what labels alone tell, as it was held out
             branch, weights = stages.branch_of(learner.nin), learner.nin.config.class_weights
             ngrams.fit(branch, labelled.rows, labelled.labels, weights)
-        answered, learner.seconds[f"probe {i + 1}"] = stages.probe(
+        pseudo_labelled, learner.seconds[f"probe {i + 1}"] = stages.pseudo_label_by_probe(
             learner.nin,
             labelled,
             unlabelled,
-            held_out,
+            out_of_fold,
             learner.checkpoints / f"probe-{i + 1}.safetensors",
             batch_tokens=2 * learner.options.batch_tokens,
-            bf16=learner.common["bf16"],
+            bf16=use_bf16(learner.options.precision, learner.device),
         )
-        scale = stages.fit_ngrams_to_answers(learner.nin, labelled, answered)
-    learner.answered = answered
-    learner.expected = 0.5, 0.5  # the mean of two that have learned the same
-    together = stages.with_answers(labelled, unlabelled, answered.answers)
-    learner.best_pass = False  # so few labels as there are to choose one by choose by chance
+        scale = stages.fit_ngrams_to_pseudo_labels(learner.nin, labelled, pseudo_labelled)
+    learner.pseudo_labelled = pseudo_labelled
+    learner.prior_scales = 0.5, 0.5  # the mean of two that have learned the same
+    together = stages.with_pseudo_labels(labelled, unlabelled, pseudo_labelled.probabilities)
+    learner.keep_best_epoch = False  # so few labels as there are to choose one by choose by chance
     trainer = learner.train("self-training", learner.options.self_training_epochs, together)
     learner.ngram_scale *= scale
     return trainer

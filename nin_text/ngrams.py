@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nin_text.blocks import Rows
+from nin_text.stacking import folds
 
 if TYPE_CHECKING:  # what fits the weights takes seconds to import; adding them up does without
     import scipy.sparse as sparse
@@ -39,11 +40,7 @@ CHUNK_TOKENS = 2**18  # whose n-grams are held at once
 # N-grams of so many tokens, of one long text or of short ones together, are sorted at a time. NumPy
 # took 1 to 4 ns a number for some hundred and 22 for a hundred thousand (torch: 12).
 SORT_TOKENS = 128
-LEAST_SCALE = 0.01
-PULL = 30.0  # of `cautious_scales`
-FOLDS = 5
 Keys = TypeVar("Keys", np.ndarray, Tensor)
-FEW = 5_000  # labelled texts, at most, of which every one is worth being learned from and judged by
 
 
 def ngram_buckets(ids: Tensor, mask: Tensor, size: int, buckets: int) -> Tensor:
@@ -301,7 +298,7 @@ def fit(
         sample_weight = by_class if sample_weight is None else sample_weight * by_class
     texts = np.bincount(counts.indices, minlength=1)
     common = np.flatnonzero(texts >= min(LEAST_TEXTS, texts.max()))
-    weight, bias = fit_linear(
+    weight, bias = fit_naive_bayes_regression(
         counts[:, common],
         labels,
         len(branch.bias),
@@ -314,7 +311,7 @@ def fit(
     branch.bias.copy_(torch.from_numpy(bias))
 
 
-def fit_linear(
+def fit_naive_bayes_regression(
     counts: sparse.csr_matrix,
     labels: np.ndarray,
     classes: int,
@@ -383,27 +380,14 @@ def predict(branch: NGramEvidence, rows: Sequence[np.ndarray]) -> np.ndarray:
     return np.asarray(counts @ branch.weight.cpu().numpy() + branch.bias.cpu().numpy())
 
 
-def are_few(count: int) -> bool:
-    """Whether labelled texts are as many as `folds` divides: few, but enough to be divided."""
-    return FOLDS <= count <= FEW
-
-
-def folds(count: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Indices of the rest and of the fold, `FOLDS` times; none if texts are too few or many."""
-    if not are_few(count):
-        return []
-    order = np.random.default_rng(0).permutation(count)
-    return [(np.setdiff1d(order, held), held) for held in np.array_split(order, FOLDS)]
-
-
-def held_out_logits(
+def out_of_fold_logits(
     branch: NGramEvidence,
     rows: Sequence[np.ndarray],
     labels: np.ndarray,
     class_weights: Sequence[float] | None = None,
     sample_weight: np.ndarray | None = None,
 ) -> np.ndarray | None:
-    """(n, K) logits of each text by a branch fitted to the other folds; None if there are none.
+    """(n, K) logits of each text by a branch fitted to the other folds; None if `folds` has none.
 
     Fitted to few texts it is too sure of others. A validation split of a few dozen texts hardly
     tells by how much; all labelled texts do.
@@ -420,60 +404,3 @@ def held_out_logits(
         fit(other, [rows[i] for i in rest], labels[rest], class_weights, weight)
         logits[held] = predict(other, [rows[i] for i in held])
     return logits if parts else None
-
-
-def best_scales(
-    parts: Sequence[np.ndarray],
-    labels: np.ndarray,
-    expected: Sequence[float] | None = None,
-    strength: float = 1.0,
-) -> np.ndarray:
-    """Factors s for which sum(s[i] * parts[i]) are the logits of least log loss.
-
-    A pull towards what is expected keeps the factors finite on a validation split without a single
-    mistake, and near it where there are few examples; `LEAST_SCALE` keeps an answer where no part
-    is of any use. One part alone is temperature scaling (Guo et al. 2017, arXiv 1706.04599).
-
-    Args:
-        parts: (n, K) logits each.
-        labels: (n,) class index of each example, or (n, K) class probabilities.
-        expected: the factor of each part that is taken for likely beforehand; 1 each if None.
-        strength: of the pull: the loss summed over all examples grows by half of this at a
-            distance of 1.
-    """
-    from scipy.optimize import minimize
-
-    stacked = np.stack(parts).astype(np.float64)  # (parts, n, K)
-    centre = np.ones(len(parts)) if expected is None else np.asarray(expected)
-    target = np.eye(stacked.shape[2])[labels] if labels.ndim == 1 else labels  # (n, K)
-
-    def loss(scales: np.ndarray) -> tuple[float, np.ndarray]:
-        logits = np.tensordot(scales, stacked, 1)  # (n, K)
-        logits -= logits.max(axis=1, keepdims=True)
-        probabilities = np.exp(logits)
-        probabilities /= probabilities.sum(axis=1, keepdims=True)
-        value = -(target * np.log(np.maximum(probabilities, 1e-300))).sum()
-        value += strength * ((scales - centre) ** 2).sum() / 2
-        gradient = np.tensordot(stacked, probabilities - target, 2) + strength * (scales - centre)
-        return value / len(labels), gradient / len(labels)
-
-    start = np.full(len(parts), 0.5)
-    return np.asarray(minimize(loss, start, jac=True, bounds=[(LEAST_SCALE, None)] * len(parts)).x)
-
-
-def cautious_scales(
-    parts: Sequence[np.ndarray], labels: np.ndarray, expected: Sequence[float]
-) -> np.ndarray:
-    """`best_scales` with a strong pull towards what is expected, unless the labels refute it.
-
-    They do if they are more than 20 times (e to the 3rd) as likely with a weak pull. Chance alone
-    rarely brings that about: two factors fitted to noise gain about one on average.
-    """
-    pulled = best_scales(parts, labels, expected, PULL)
-    free = best_scales(parts, labels, expected)
-
-    def loss(scales: np.ndarray) -> float:
-        logits = torch.from_numpy(np.tensordot(scales, np.stack(parts), 1))  # (n, K)
-        return float(F.cross_entropy(logits, torch.from_numpy(labels).long(), reduction="sum"))
-
-    return free if loss(pulled) - loss(free) > 3 else pulled

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nin_text import ngrams
 from nin_text.evaluation import predict_logits
+from nin_text.stacking import folds
 from nin_text.text import NiNTextForSequenceClassification, NiNTextModel
 
 INVERSE_REGULARIZATION = 3.0  # C of the logistic regression, for vectors whose mean square is one
@@ -37,7 +37,7 @@ def vectors(encoder: NiNTextModel, rows: Sequence[np.ndarray]) -> np.ndarray:
     return predict_logits(_Pooled(encoder), rows, pad_token_id=encoder.config.pad_token_id or 0)
 
 
-def start_from_probe(
+def fit_head(
     model: NiNTextForSequenceClassification,
     rows: Sequence[np.ndarray],
     labels: np.ndarray,
@@ -52,28 +52,27 @@ def start_from_probe(
         sample_weight: (n,) how often each text counts, instead of by class weights.
 
     Returns:
-        (n, K) logits of each text by a head fitted to the other folds, see `ngrams.folds`; None if
-        there are no folds.
+        (n, K) logits of each text by a head fitted to the other folds; None if `folds` has none.
     """
     classes = model.classifier.out_features
     weights = model.config.class_weights
     if sample_weight is None and weights is not None:
         sample_weight = np.asarray(weights)[labels]
     x = vectors(model.nin, rows)
-    weight, bias = fit_linear(x, labels, classes, sample_weight)
+    weight, bias = fit_probe(x, labels, classes, sample_weight)
     with torch.no_grad():
         model.classifier.weight.copy_(torch.from_numpy(weight))
         model.classifier.bias.copy_(torch.from_numpy(bias))
     logits: np.ndarray = np.zeros((len(rows), classes), dtype=np.float32)
-    folds = ngrams.folds(len(rows))
-    for rest, held in folds:
-        parts = None if sample_weight is None else sample_weight[rest]
-        weight, bias = fit_linear(x[rest], labels[rest], classes, parts)
+    parts = folds(len(rows))
+    for rest, held in parts:
+        counts = None if sample_weight is None else sample_weight[rest]
+        weight, bias = fit_probe(x[rest], labels[rest], classes, counts)
         logits[held] = x[held] @ weight.T + bias
-    return logits if folds else None
+    return logits if parts else None
 
 
-def fit_linear(
+def fit_probe(
     x: np.ndarray, labels: np.ndarray, classes: int, sample_weight: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Logistic regression on standardized vectors, as a map of the vectors as they are.

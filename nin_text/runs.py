@@ -29,7 +29,6 @@ from nin_text.tokenization import encode
 from nin_text.training import (
     EncodedTexts,
     TextTrainer,
-    shared_arguments,
 )
 from nin_text.transfer import Teacher
 
@@ -112,12 +111,12 @@ def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dic
         tokenizer,
         encoded["validation"],
         folder / CHECKPOINTS,
-        shared_arguments(options, device),
+        device,
         new_head=saved_nin(options.model),
     )
     texts_of = {split: dataset.splits[split].texts for split in encoded}
     with run_folder.saying_where(folder):
-        trainer = learn(learner, encoded, texts_of, teachers, device)
+        trainer = learn(learner, encoded, texts_of, teachers)
     seconds = learner.seconds
     # Of a resumed run, the seconds before count as well.
     before = max(0.0, sum(seconds.values()) - (time.perf_counter() - clock))
@@ -137,7 +136,7 @@ def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dic
     score("validation")
     mistakes = _mistakes(options, dataset, trainer, tokenizer, answers["validation"])
     if options.ngrams:
-        stages.refit_ngrams(trainer, encoded["train"], learner.ngram_scale, learner.answered)
+        stages.refit_ngrams(trainer, encoded["train"], learner.ngram_scale, learner.pseudo_labelled)
     models.round_weights(trainer.best_model, options.save_dtype)
     # All that it took to make the classifier, reading the data left out.
     metrics["fit_seconds"] = round(before + time.perf_counter() - started, 2)

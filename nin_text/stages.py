@@ -1,10 +1,16 @@
-"""What a NiN classifier goes through beside training on labels, in this order.
+"""What a NiN classifier goes through beside training on labels. The order is in `learning.py`:
 
-`fit_ngrams`, `pretrain`, training on the labels, `fuse`, `label_unlabelled` and training again on
-labelled and unlabelled texts, `fuse`; at the end `refit_ngrams`. If few texts are labelled and
-others are not, `probe` takes the place of training on the labels and what follows from it. If asked
-for, `borrow_embeddings` comes first, and what `ask_teachers` brings is learned in place of
-`label_unlabelled`. The slow ones leave a file, so that a run that was stopped does not repeat them.
+1. `borrow_embeddings`, if asked for;
+2. `fit_ngrams` to the training split;
+3. `pretrain` the encoder;
+4. training on the labels, and `fuse`: network and n-grams are weighed against each other;
+5. `pseudo_label` the unlabelled texts (Lee 2013), train again on them and the labelled, `fuse`;
+6. `refit_ngrams` to training and validation split.
+
+With teachers, the network learns in 4 what `ask_teachers` brings (distillation, Hinton et al. 2015,
+arXiv 1503.02531), and 5 is left out. If few texts are labelled and many are not, the pseudo-labels
+are those of `pseudo_label_by_probe`, and 4 is left out. The slow stages leave a file, so that a run
+that was stopped does not repeat them.
 """
 
 from __future__ import annotations
@@ -16,7 +22,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,21 +31,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nin_text import ngrams
+from nin_text import ngrams, stacking
 from nin_text.device import use_bf16
 from nin_text.errors import UserError
 from nin_text.evaluation import predict_logits, softmax
 from nin_text.options import TrainOptions
 from nin_text.pretraining import LongEnoughTexts, Targets, TwoViewModel, cut_in_two
-from nin_text.probe import start_from_probe
+from nin_text.probe import fit_head
 from nin_text.text import NiNTextForSequenceClassification
 from nin_text.training import (
     EncodedTexts,
     RunTrainer,
     TextTrainer,
+    shared_arguments,
     training_arguments,
 )
-from nin_text.transfer import Teacher, borrowed_embeddings, mean_answers
+from nin_text.transfer import Teacher, borrowed_embeddings, mean_probabilities
 
 logger = logging.getLogger(__name__)
 
@@ -58,29 +64,31 @@ def fit_ngrams(
 
     Returns:
         (n, K) logits of the training split by branches that did not see the text in question, see
-        `ngrams.held_out_logits`.
+        `ngrams.out_of_fold_logits`.
     """
     branch, weights = branch_of(model), model.config.class_weights
     ngrams.fit(branch, train.rows, train.labels, weights)
     logits = ngrams.predict(branch, validation.rows)
     right = logits.argmax(axis=1) == validation.labels
     logger.info("n-gram evidence alone: validation accuracy %.4f", right.mean())
-    return ngrams.held_out_logits(branch, train.rows, train.labels, weights)
+    return ngrams.out_of_fold_logits(branch, train.rows, train.labels, weights)
 
 
-def expected_scales(
-    held_out: np.ndarray | None, labels: np.ndarray, *, labels_alone: bool
+def prior_scales(
+    out_of_fold: np.ndarray | None, labels: np.ndarray, *, labels_alone: bool
 ) -> tuple[float, float]:
-    """Factors on network and n-grams to be expected, for `fuse`, before the network is trained.
+    """Factors on network and n-grams for `fuse` to expect, before the network is trained.
 
     A network that learns from few labels alone rarely adds to n-grams.
 
     Args:
-        held_out: what `fit_ngrams` returned.
+        out_of_fold: what `fit_ngrams` returned.
         labels: of the same texts.
         labels_alone: whether the network learns from nothing else.
     """
-    ngrams_scale = 1.0 if held_out is None else float(ngrams.best_scales([held_out], labels)[0])
+    ngrams_scale = (
+        1.0 if out_of_fold is None else float(stacking.best_scales([out_of_fold], labels)[0])
+    )
     return (0.0 if labels_alone else 0.5), ngrams_scale
 
 
@@ -91,7 +99,7 @@ def pretrain(
     folder: Path,
     options: TrainOptions,
     epochs: int,
-    **arguments: Any,
+    device: torch.device,
 ) -> float:
     """Pretrain the encoder of a classifier (see `pretraining.py`).
 
@@ -102,7 +110,7 @@ def pretrain(
         folder: for checkpoints; beside it the result is left.
         options: with the recipe filled in.
         epochs: passes over the texts.
-        arguments: further ones of `training_arguments`.
+        device: where to compute.
 
     Returns:
         Seconds that it took, those before a resumed checkpoint included.
@@ -128,7 +136,7 @@ def pretrain(
             learning_rate=options.pretrain_learning_rate,
             weight_decay=0.01,
             evaluate=False,
-            **arguments,
+            **shared_arguments(options, device),
         ),
         train_dataset=long_enough,
         collate=partial(
@@ -148,15 +156,14 @@ def pretrain(
     return trainer.seconds
 
 
-def fuse(trainer: TextTrainer, expected: Sequence[float]) -> float:
+def fuse(trainer: TextTrainer, prior: Sequence[float]) -> float:
     """Weigh network and n-grams against each other by the log loss of the validation split.
 
-    Few validation texts may say anything by chance: they have to outweigh a pull towards what is
-    to be expected.
+    Few validation texts may say anything by chance: they have to outweigh the prior.
 
     Args:
         trainer: has the classifier, whose branch is as it was fitted to the training split.
-        expected: factors on network and n-grams.
+        prior: factors on network and n-grams, see `cautious_scales`.
 
     Returns:
         The factor on the n-grams, for `refit_ngrams`.
@@ -165,14 +172,17 @@ def fuse(trainer: TextTrainer, expected: Sequence[float]) -> float:
     assert isinstance(model, NiNTextForSequenceClassification)
     added = ngrams.predict(branch_of(model), validation.rows)
     network = trainer.logits(validation) - added
-    scales = ngrams.cautious_scales([network, added], validation.labels, expected)
+    scales = stacking.cautious_scales([network, added], validation.labels, prior)
     model.rescale(*scales)
     logger.info("weights of network and n-grams: %.3f, %.3f", *scales)
     return float(scales[1])
 
 
 def refit_ngrams(
-    trainer: TextTrainer, train: EncodedTexts, scale: float, answered: Answered | None = None
+    trainer: TextTrainer,
+    train: EncodedTexts,
+    scale: float,
+    pseudo_labelled: PseudoLabelled | None = None,
 ) -> None:
     """Fit the n-gram branch again, to both splits, once nothing is chosen on validation any more.
 
@@ -182,23 +192,23 @@ def refit_ngrams(
         trainer: has the classifier, fused, and the validation split.
         train: the labelled texts that the branch was fitted to.
         scale: the factor that `fuse` found for it.
-        answered: what else it was fitted to.
+        pseudo_labelled: what else it was fitted to.
     """
     model, validation = trainer.best_model, trainer.eval_dataset
     assert isinstance(model, NiNTextForSequenceClassification)
     labels = np.concatenate([train.labels, validation.labels])
     rows = [*train.rows, *validation.rows]
-    fit_to(branch_of(model), rows, labels, answered, model.config.class_weights)
+    fit_to(branch_of(model), rows, labels, pseudo_labelled, model.config.class_weights)
     model.rescale(1.0, scale)
 
 
-def label_unlabelled(trainer: TextTrainer, unlabelled: EncodedTexts, path: Path) -> np.ndarray:
+def pseudo_label(trainer: TextTrainer, unlabelled: EncodedTexts, path: Path) -> np.ndarray:
     """Class probabilities (n, K) of unlabelled texts by a trained and fused classifier.
 
     Args:
         trainer: has the classifier.
         unlabelled: the texts.
-        path: where to leave the answers for `saved_answers`, with the seconds of training.
+        path: where to leave the answers for `saved_probabilities`, with the seconds of training.
     """
     answers = softmax(trainer.logits(unlabelled, progress="labelling")).astype(np.float32)
     if trainer.is_world_process_zero():
@@ -207,28 +217,28 @@ def label_unlabelled(trainer: TextTrainer, unlabelled: EncodedTexts, path: Path)
 
 
 @dataclass(frozen=True)
-class Answered:
-    """Texts without labels, and what a classifier says of them.
+class PseudoLabelled:
+    """Texts without labels, and what a classifier takes them for.
 
     Attributes:
         rows: token ids of each of m texts.
-        answers: (m, K) float32 class probabilities.
+        probabilities: (m, K) float32 of the classes.
     """
 
     rows: Sequence[np.ndarray]
-    answers: np.ndarray
+    probabilities: np.ndarray
 
 
-def probe(
+def pseudo_label_by_probe(
     model: NiNTextForSequenceClassification,
     train: EncodedTexts,
     unlabelled: EncodedTexts,
-    held_out: np.ndarray,
+    out_of_fold: np.ndarray,
     path: Path,
     *,
     batch_tokens: int = 32_768,
     bf16: bool = False,
-) -> tuple[Answered, float]:
+) -> tuple[PseudoLabelled, float]:
     """What few labels tell of other texts: a linear probe of the pretrained encoder, and n-grams.
 
     They are weighed by what both say of labelled texts that they were not fitted to (stacked
@@ -237,24 +247,24 @@ def probe(
     Args:
         model: pretrained, its branch fitted to `train`. It is left as it is.
         train, unlabelled: the texts.
-        held_out: what `fit_ngrams` returned.
+        out_of_fold: what `fit_ngrams` returned.
         path: where the answers are left, or have been.
         batch_tokens, bf16: of labelling.
 
     Returns:
         The unlabelled texts with their answers, and the seconds that it took.
     """
-    with PartialState().main_process_first():  # which answers, and the others read
+    with PartialState().main_process_first():  # which labels, and the others read
         if not path.is_file():
             clock = time.perf_counter()
             before = copy.deepcopy(model.state_dict())
-            probed = start_from_probe(model, train.rows, train.labels)
+            probed = fit_head(model, train.rows, train.labels)
             assert probed is not None
-            scales = ngrams.best_scales([probed, held_out], train.labels)
+            scales = stacking.best_scales([probed, out_of_fold], train.labels)
             logger.info(
                 "accuracy on labelled texts not fitted to: linear probe %.4f, n-grams %.4f; "
                 "weights %.3f, %.3f",
-                *((part.argmax(axis=1) == train.labels).mean() for part in (probed, held_out)),
+                *((part.argmax(axis=1) == train.labels).mean() for part in (probed, out_of_fold)),
                 *scales,
             )
             model.rescale(*scales)
@@ -269,26 +279,28 @@ def probe(
             model.load_state_dict(before)
             answers = torch.from_numpy(softmax(logits).astype(np.float32))
             _save({"answers": answers}, path, time.perf_counter() - clock)
-    return Answered(unlabelled.rows, _load(path)["answers"].numpy()), _seconds(path)
+    return PseudoLabelled(unlabelled.rows, _load(path)["answers"].numpy()), _seconds(path)
 
 
-def fit_ngrams_to_answers(
-    model: NiNTextForSequenceClassification, train: EncodedTexts, answered: Answered
+def fit_ngrams_to_pseudo_labels(
+    model: NiNTextForSequenceClassification, train: EncodedTexts, pseudo_labelled: PseudoLabelled
 ) -> float:
-    """Fit the n-gram branch to labelled texts and to answers: of many more n-grams it knows then.
+    """Fit the n-gram branch to pseudo-labels, too: of many more n-grams it knows then.
 
     Returns:
-        The factor that suits answers which it was not fitted to. The branch has been multiplied by
-        it.
+        The factor that suits pseudo-labels which it was not fitted to. The branch has been
+        multiplied by it.
     """
     branch, weights = branch_of(model), model.config.class_weights
-    order = np.random.default_rng(0).permutation(len(answered.rows))
-    held, rest = np.split(order, [len(order) // ngrams.FOLDS])
-    part = Answered([answered.rows[i] for i in rest], answered.answers[rest])
+    order = np.random.default_rng(0).permutation(len(pseudo_labelled.rows))
+    held, rest = np.split(order, [len(order) // stacking.FOLDS])
+    part = PseudoLabelled(
+        [pseudo_labelled.rows[i] for i in rest], pseudo_labelled.probabilities[rest]
+    )
     fit_to(branch, train.rows, train.labels, part, weights)
-    logits = ngrams.predict(branch, [answered.rows[i] for i in held])
-    scale = float(ngrams.best_scales([logits], answered.answers[held])[0])
-    fit_to(branch, train.rows, train.labels, answered, weights)
+    logits = ngrams.predict(branch, [pseudo_labelled.rows[i] for i in held])
+    scale = float(stacking.best_scales([logits], pseudo_labelled.probabilities[held])[0])
+    fit_to(branch, train.rows, train.labels, pseudo_labelled, weights)
     model.rescale(1.0, scale)
     return scale
 
@@ -297,32 +309,34 @@ def fit_to(
     branch: ngrams.NGramEvidence,
     rows: Sequence[np.ndarray],
     labels: np.ndarray,
-    answered: Answered | None,
+    pseudo_labelled: PseudoLabelled | None,
     class_weights: Sequence[float] | None = None,
     sample_weight: np.ndarray | None = None,
 ) -> None:
     """`ngrams.fit` to labelled texts, and to the likeliest class of others by how sure it is."""
-    if answered is not None:
-        chance = 1 / answered.answers.shape[1]
-        sure = np.maximum((answered.answers.max(axis=1) - chance) / (1 - chance), 1e-3)  # (m,)
+    if pseudo_labelled is not None:
+        chance = 1 / pseudo_labelled.probabilities.shape[1]
+        sure = np.maximum(
+            (pseudo_labelled.probabilities.max(axis=1) - chance) / (1 - chance), 1e-3
+        )  # (m,)
         known = np.ones(len(labels)) if sample_weight is None else sample_weight
         sample_weight = np.concatenate([known, sure])
-        rows = [*rows, *answered.rows]
-        labels = np.concatenate([labels, answered.answers.argmax(axis=1)])
+        rows = [*rows, *pseudo_labelled.rows]
+        labels = np.concatenate([labels, pseudo_labelled.probabilities.argmax(axis=1)])
     ngrams.fit(branch, rows, labels, class_weights, sample_weight)
 
 
-def saved_answers(path: Path) -> tuple[np.ndarray, float] | None:
-    """What `label_unlabelled` left: the answers, and the seconds of training before them."""
+def saved_probabilities(path: Path) -> tuple[np.ndarray, float] | None:
+    """What `pseudo_label` left: the answers, and the seconds of training before them."""
     if not path.is_file():
         return None
     return _load(path)["answers"].numpy(), _seconds(path)
 
 
-def with_answers(
+def with_pseudo_labels(
     train: EncodedTexts, unlabelled: EncodedTexts, answers: np.ndarray
 ) -> EncodedTexts:
-    """The training split with certain labels, and unlabelled texts with class probabilities."""
+    """The training split with its labels for certain, and unlabelled texts with pseudo-labels."""
     certain = np.eye(answers.shape[1], dtype=np.float32)[train.labels]  # (n, K)
     return EncodedTexts([*train.rows, *unlabelled.rows], np.concatenate([certain, answers]))
 
@@ -378,11 +392,11 @@ def ask_teachers(
         device: where to compute.
     """
     with PartialState().main_process_first():  # which asks, and the others read the answers
-        saved = saved_answers(path)
+        saved = saved_probabilities(path)
         if saved is not None:
             return saved
         clock = time.perf_counter()
-        answers = mean_answers(
+        answers = mean_probabilities(
             teachers,
             texts,
             device=device,
@@ -394,7 +408,7 @@ def ask_teachers(
     return answers, seconds
 
 
-def taught(
+def distillation_targets(
     train: EncodedTexts, unlabelled: EncodedTexts | None, answers: np.ndarray
 ) -> EncodedTexts:
     """Texts with what teachers say of them, halfway to the label where there is one.

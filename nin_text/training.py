@@ -460,8 +460,8 @@ def text_trainer(
     validation: EncodedTexts,
     *,
     epochs: int,
-    best_pass: bool = True,
-    **arguments: Any,
+    device: torch.device,
+    keep_best_epoch: bool = True,
 ) -> TextTrainer:
     """The trainer of a classifier.
 
@@ -472,18 +472,18 @@ def text_trainer(
         folder: for checkpoints; the progress bar has its name.
         train, validation: what to learn from, and what to judge by.
         epochs: passes over `train`.
-        best_pass: keep the pass that is right most often, and stop early; else make all passes and
-            keep the last.
-        arguments: `shared_arguments`.
+        device: where to compute.
+        keep_best_epoch: keep the pass that is right most often, and stop early; else make all
+            passes and keep the last.
     """
     settings = training_arguments(
         folder,
         epochs=epochs,
         learning_rate=options.learning_rate,
         weight_decay=options.weight_decay,
-        **arguments,
+        **shared_arguments(options, device),
     )
-    settings.load_best_model_at_end = best_pass
+    settings.load_best_model_at_end = keep_best_epoch
     return TextTrainer(
         model=model,
         args=settings,
@@ -494,7 +494,7 @@ def text_trainer(
         batch_tokens=options.batch_tokens,
         similar_lengths=not is_nin(options.model),
         ema_decay=options.ema_decay,
-        patience=options.patience if best_pass else None,
+        patience=options.patience if keep_best_epoch else None,
         title=folder.name.replace("-", " "),
     )
 

@@ -251,7 +251,7 @@ class Teacher:
             )
         self.order = [its.index(label) for label in ours]
 
-    def answers(
+    def probabilities(
         self, rows: Sequence[np.ndarray], *, device: torch.device, bf16: bool, batch_tokens: int
     ) -> np.ndarray:
         """Class probabilities (n, K) float32 of texts.
@@ -292,7 +292,7 @@ def _rules(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     return rules | {"truncation": None, "padding": None}
 
 
-def mean_answers(
+def mean_probabilities(
     teachers: Sequence[Teacher], texts: Sequence[str], **computation: Any
 ) -> np.ndarray:
     """Class probabilities (n, K) float32 of texts: the mean of what one teacher and more say.
@@ -300,12 +300,12 @@ def mean_answers(
     Args:
         teachers: those that read alike are best named one after another: it is read once for them.
         texts: what they are asked about.
-        computation: as of `Teacher.answers`.
+        computation: as of `Teacher.probabilities`.
     """
     answers = []
     for number, teacher in enumerate(teachers):
         logger.info("asking teacher %d of %d", number + 1, len(teachers))
         if number == 0 or not teacher.reads_as(teachers[number - 1]):
             rows = teacher.read(texts)
-        answers.append(teacher.answers(rows, **computation))
+        answers.append(teacher.probabilities(rows, **computation))
     return np.mean(answers, axis=0)

@@ -21,7 +21,7 @@ from nin_text.errors import UserError
 from nin_text.options import TrainOptions, with_recipe
 from nin_text.runs import train_text
 from nin_text.text import NiNTextForSequenceClassification, NiNTextModel
-from nin_text.training import EncodedTexts, shared_arguments, text_trainer
+from nin_text.training import EncodedTexts, text_trainer
 
 CAN_COMPILE = shutil.which("cc") and Path(sysconfig.get_path("include"), "Python.h").is_file()
 needs_compiler = pytest.mark.skipif(
@@ -107,9 +107,15 @@ def test_batches_of_a_nin_say_where_their_tokens_lie(tmp_path: Path) -> None:
         texts, labels = ["good film", "bad film"] * 50, np.array([0, 1] * 50)
         model, tokenizer = models.build(options, texts, labels, ["no", "yes"])
         train = EncodedTexts(rows, [0, 1])
-        arguments = shared_arguments(options, torch.device("cpu"))
         trainer = text_trainer(
-            model, tokenizer, options, tmp_path / name, train, train, epochs=1, **arguments
+            model,
+            tokenizer,
+            options,
+            tmp_path / name,
+            train,
+            train,
+            epochs=1,
+            device=torch.device("cpu"),
         )
         (batch,) = trainer.get_train_dataloader()
         if name == "dpcnn":

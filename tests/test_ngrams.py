@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nin_text import ngrams
+from nin_text import ngrams, stacking
 from nin_text.blocks import Rows
 
 BUCKETS = 4096
@@ -145,7 +145,7 @@ def test_the_more_smoothing_the_less_is_made_of_a_rare_ngram_also_of_held_out_te
         branch = ngrams.NGramEvidence(1, BUCKETS, 2, smoothing)
         ngrams.fit(branch, rows, labels)
         shares.append(float(branch.weight[bucket([8]), 1] / branch.weight[bucket([6]), 1]))
-        held_out.append(ngrams.held_out_logits(branch, rows, labels))
+        held_out.append(ngrams.out_of_fold_logits(branch, rows, labels))
     assert 1 > shares[0] > shares[1] > shares[2] > 0
     assert all(logits is not None for logits in held_out)
     assert not np.allclose(held_out[0], held_out[2], rtol=0.1)
@@ -201,7 +201,7 @@ def test_best_scales_undo_a_wrong_scale() -> None:
     truth = 2 * a + b / 2
     gumbel = -np.log(-np.log(generator.uniform(size=truth.shape)))
     labels = (truth + gumbel).argmax(axis=1)
-    scales = ngrams.best_scales([a, b, noise], labels)
+    scales = stacking.best_scales([a, b, noise], labels)
     np.testing.assert_allclose(scales, [2, 0.5, 0], atol=0.05)
 
 
@@ -209,7 +209,7 @@ def test_best_scales_for_probabilities_in_place_of_labels() -> None:
     a, b = np.random.default_rng(0).normal(size=(2, 200, 3))
     truth = np.exp(2 * a + b / 2)
     truth /= truth.sum(axis=1, keepdims=True)
-    np.testing.assert_allclose(ngrams.best_scales([a, b], truth, strength=0), [2, 0.5], atol=1e-3)
+    np.testing.assert_allclose(stacking.best_scales([a, b], truth, strength=0), [2, 0.5], atol=1e-3)
 
 
 def test_best_scales_never_wipe_out_every_answer() -> None:
@@ -217,24 +217,24 @@ def test_best_scales_never_wipe_out_every_answer() -> None:
     for seed in range(50):
         generator = np.random.default_rng(seed)
         parts = list(3 * generator.normal(size=(2, 10, 2)))
-        scales = ngrams.best_scales(parts, generator.integers(0, 2, 10))
+        scales = stacking.best_scales(parts, generator.integers(0, 2, 10))
         assert min(scales) > 0
 
 
 def test_best_scales_stay_finite_without_a_mistake() -> None:
     logits = np.array([[5.0, -5.0], [-5.0, 5.0]] * 10)
-    scales = ngrams.best_scales([logits, logits / 2], np.array([0, 1] * 10))
+    scales = stacking.best_scales([logits, logits / 2], np.array([0, 1] * 10))
     assert all(0 <= scale < 3 and math.isfinite(scale) for scale in scales)
 
 
-def test_best_scales_are_pulled_to_what_is_expected() -> None:
-    """Labels drawn from softmax(2 a): ten texts do not outweigh a strong pull, many do."""
+def test_best_scales_are_pulled_to_the_prior() -> None:
+    """Labels drawn from softmax(2 a): ten texts do not outweigh a strong prior, many do."""
     generator = np.random.default_rng(0)
     a = generator.normal(size=(20_000, 3))
     gumbel = -np.log(-np.log(generator.uniform(size=a.shape)))
     labels = (2 * a + gumbel).argmax(axis=1)
-    few = ngrams.best_scales([a[:10]], labels[:10], expected=[0.3], strength=300)
-    many = ngrams.best_scales([a], labels, expected=[0.3], strength=300)
+    few = stacking.best_scales([a[:10]], labels[:10], prior=[0.3], strength=300)
+    many = stacking.best_scales([a], labels, prior=[0.3], strength=300)
     np.testing.assert_allclose(few, 0.3, atol=0.05)
     np.testing.assert_allclose(many, 2, atol=0.3)
 
@@ -245,12 +245,12 @@ def test_cautious_scales_give_way_to_labels_but_not_to_chance() -> None:
     labels = generator.integers(0, 2, 50)
     truth = np.eye(2)[labels] * 2 - 1
     weak = truth / 4 + generator.normal(size=(50, 2))
-    right = ngrams.cautious_scales([2 * truth, weak], labels, [0, 1])
-    np.testing.assert_allclose(right, ngrams.best_scales([2 * truth, weak], labels, [0, 1]))
+    right = stacking.cautious_scales([2 * truth, weak], labels, [0, 1])
+    np.testing.assert_allclose(right, stacking.best_scales([2 * truth, weak], labels, [0, 1]))
     assert right[0] > 1
     for _ in range(20):
         noise = generator.normal(size=(50, 2))
-        assert ngrams.cautious_scales([noise, weak], labels, [0, 1])[0] < 0.3
+        assert stacking.cautious_scales([noise, weak], labels, [0, 1])[0] < 0.3
 
 
 @pytest.mark.parametrize(
@@ -268,25 +268,25 @@ def test_held_out_logits_are_as_of_texts_outside(told_by: float, low: float, hig
     branch = ngrams.NGramEvidence(2, BUCKETS, 2)
     ngrams.fit(branch, rows, labels)
     before = branch.weight.clone()
-    logits = ngrams.held_out_logits(branch, rows, labels)
-    assert low <= ngrams.best_scales([logits], labels)[0] <= high
+    logits = ngrams.out_of_fold_logits(branch, rows, labels)
+    assert low <= stacking.best_scales([logits], labels)[0] <= high
     assert torch.equal(branch.weight, before)
     # The branch is sure of the texts it was fitted to, whether or not it knows anything.
-    assert ngrams.best_scales([ngrams.predict(branch, rows)], labels)[0] > 1
+    assert stacking.best_scales([ngrams.predict(branch, rows)], labels)[0] > 1
 
 
-@pytest.mark.parametrize("texts", [2, ngrams.FEW + 1])
+@pytest.mark.parametrize("texts", [2, stacking.FEW + 1])
 def test_too_few_and_many_texts_are_not_held_out(texts: int) -> None:
     rows, labels = [np.array([label]) for label in (0, 1)], np.array([0, 1])
     branch = ngrams.NGramEvidence(1, BUCKETS, 2)
     rows = (rows * texts)[:texts]
-    assert ngrams.held_out_logits(branch, rows, np.tile(labels, texts)[:texts]) is None
-    assert ngrams.folds(texts) == []
+    assert ngrams.out_of_fold_logits(branch, rows, np.tile(labels, texts)[:texts]) is None
+    assert stacking.folds(texts) == []
 
 
-@pytest.mark.parametrize("texts", [5, 23, ngrams.FEW])
+@pytest.mark.parametrize("texts", [5, 23, stacking.FEW])
 def test_folds_hold_out_each_text_once(texts: int) -> None:
-    parts = ngrams.folds(texts)
+    parts = stacking.folds(texts)
     assert len(parts) == 5
     assert sorted(np.concatenate([held for _, held in parts])) == list(range(texts))
     for rest, held in parts:
@@ -298,8 +298,8 @@ def test_a_class_of_one_text_and_weights_do_not_hinder_held_out_logits() -> None
     labels = np.array([0, 1, 2, 0, 1, 0])
     branch = ngrams.NGramEvidence(2, BUCKETS, 3)
     weight = np.arange(1.0, 7.0)
-    plain = ngrams.held_out_logits(branch, rows, labels)
-    weighed = ngrams.held_out_logits(branch, rows, labels, [1.0, 2.0, 3.0], weight)
+    plain = ngrams.out_of_fold_logits(branch, rows, labels)
+    weighed = ngrams.out_of_fold_logits(branch, rows, labels, [1.0, 2.0, 3.0], weight)
     assert np.isfinite(plain).all()
     assert np.isfinite(weighed).all()
     assert np.abs(plain - weighed).max() > 0.01

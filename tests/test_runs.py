@@ -16,7 +16,7 @@ from conftest import ROOT
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from nin_text import Predictor, load, load_text_dataset, ngrams
+from nin_text import Predictor, load, load_text_dataset, ngrams, stacking
 from nin_text.errors import UserError
 from nin_text.evaluation import predict_logits, softmax
 from nin_text.options import TrainOptions
@@ -156,7 +156,7 @@ def whole(
 ) -> tuple[dict, Path]:
     """Options and folder of a run with unlabelled texts beside few labelled ones, or many."""
     if request.param == "many":
-        monkeypatch.setattr(ngrams, "FEW", 0)
+        monkeypatch.setattr(stacking, "FEW", 0)
     if request.param not in finished:
         finished[request.param] = run_with_unlabelled(tmp_path_factory, request.param)
     return finished[request.param]
@@ -233,7 +233,7 @@ def test_a_run_stopped_between_stages_ends_with_the_same_weights(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("nin_text.stages.probe", stop)
+        patch.setattr("nin_text.stages.pseudo_label_by_probe", stop)
         train_text(TrainOptions(**options, output_dir=tmp_path / "stopped"))
     train_text(TrainOptions(**options, output_dir=tmp_path / "stopped", resume=True))
     assert weights(tmp_path / "stopped") == weights(run)
@@ -245,7 +245,7 @@ def test_unlabelled_texts_are_learned_from(
 ) -> None:
     """Two words tell the class of labelled texts; unlabelled texts show what goes with them."""
     if not few:
-        monkeypatch.setattr(ngrams, "FEW", 0)
+        monkeypatch.setattr(stacking, "FEW", 0)
     draw = random.Random(0)
 
     def row(known: str, companion: str, label: int | None) -> dict[str, object]:
@@ -292,9 +292,11 @@ def test_the_saved_model_adds_ngrams_weighed_on_the_validation_split(
     ngrams.fit(branch, rows, np.array(train.labels))
     added = ngrams.predict(branch, held_out)
     assert np.abs(added).max() > 0.1
-    logits_outside = ngrams.held_out_logits(branch, rows, np.array(train.labels))
-    expected = ngrams.best_scales([logits_outside], np.array(train.labels))[0]
-    scales = ngrams.cautious_scales([network, added], np.array(validation.labels), (0.0, expected))
+    logits_outside = ngrams.out_of_fold_logits(branch, rows, np.array(train.labels))
+    expected = stacking.best_scales([logits_outside], np.array(train.labels))[0]
+    scales = stacking.cautious_scales(
+        [network, added], np.array(validation.labels), (0.0, expected)
+    )
     np.testing.assert_allclose(scales, weights, rtol=0.02)
     ngrams.fit(branch, [*rows, *held_out], np.array(train.labels + validation.labels))
     factor = (model.ngrams.weight * branch.weight).sum() / (branch.weight**2).sum()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_probe import model_of
 
-from nin_text import ngrams, probe, stages
+from nin_text import ngrams, probe, stacking, stages
 from nin_text.evaluation import predict_logits, softmax
 from nin_text.text import NiNTextForSequenceClassification
 from nin_text.training import EncodedTexts
@@ -41,24 +41,28 @@ def train() -> EncodedTexts:
 def test_answers_of_the_probe_are_those_of_both_parts_by_held_out_texts(
     model: NiNTextForSequenceClassification, train: EncodedTexts, tmp_path: Path
 ) -> None:
-    held_out = stages.fit_ngrams(model, train, texts(10, seed=1))
-    assert held_out is not None
+    out_of_fold = stages.fit_ngrams(model, train, texts(10, seed=1))
+    assert out_of_fold is not None
     before = {name: value.clone() for name, value in model.state_dict().items()}
     unlabelled = texts(40, seed=2)
     path = tmp_path / "answers.safetensors"
-    answered, seconds = stages.probe(model, train, unlabelled, held_out, path)
+    pseudo_labelled, seconds = stages.pseudo_label_by_probe(
+        model, train, unlabelled, out_of_fold, path
+    )
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
-    assert (answered.answers.argmax(axis=1) == unlabelled.labels).mean() > 0.9
+    assert (pseudo_labelled.probabilities.argmax(axis=1) == unlabelled.labels).mean() > 0.9
     # The same by hand.
-    probed = probe.start_from_probe(model, train.rows, train.labels)
-    scales = ngrams.best_scales([probed, held_out], train.labels)
+    probed = probe.fit_head(model, train.rows, train.labels)
+    scales = stacking.best_scales([probed, out_of_fold], train.labels)
     model.rescale(*scales)
     expected = softmax(predict_logits(model, unlabelled.rows, pad_token_id=0))
-    np.testing.assert_allclose(answered.answers, expected, atol=1e-5)
+    np.testing.assert_allclose(pseudo_labelled.probabilities, expected, atol=1e-5)
     # A second time they are read.
-    again, known = stages.probe(model, train, unlabelled, np.zeros_like(held_out), path)
-    np.testing.assert_array_equal(again.answers, answered.answers)
+    again, known = stages.pseudo_label_by_probe(
+        model, train, unlabelled, np.zeros_like(out_of_fold), path
+    )
+    np.testing.assert_array_equal(again.probabilities, pseudo_labelled.probabilities)
     assert known == seconds > 0
 
 
@@ -71,8 +75,8 @@ def test_ngrams_fitted_to_answers_know_what_no_label_spoke_of(
     stages.fit_ngrams(model, train, texts(10, seed=1))
     branch = stages.branch_of(model)
     assert np.ptp(ngrams.predict(branch, companions)[0]) < 1
-    answered = stages.Answered(unlabelled.rows, right)
-    scale = stages.fit_ngrams_to_answers(model, train, answered)
+    pseudo_labelled = stages.PseudoLabelled(unlabelled.rows, right)
+    scale = stages.fit_ngrams_to_pseudo_labels(model, train, pseudo_labelled)
     logits = ngrams.predict(branch, companions)
     assert (logits.argmax(axis=1) == np.arange(CLASSES)).all()
     # As sure as the answers are: the class has 0.8 there, a branch that is always right has more.
@@ -89,7 +93,7 @@ def test_answers_count_by_how_sure_they_are(
     answers = np.full((200, CLASSES), 1 / CLASSES, dtype=np.float32)
     answers[::2] = [0.9, 0.05, 0.05]  # of token 10
     answers[1::2] = [0.34, 0.33, 0.33]  # of token 11
-    stages.fit_ngrams_to_answers(model, train, stages.Answered(rows, answers))
+    stages.fit_ngrams_to_pseudo_labels(model, train, stages.PseudoLabelled(rows, answers))
     ten, eleven = ngrams.predict(stages.branch_of(model), [np.array([10]), np.array([11])])
     assert ten.argmax() == 0
     assert np.ptp(ten) > 2 * np.ptp(eleven)

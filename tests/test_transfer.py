@@ -210,7 +210,7 @@ def ask(teacher: Path, texts: list[str], names: list[str]) -> np.ndarray:
 
 
 def ask_all(teachers: list[transfer.Teacher], texts: list[str]) -> np.ndarray:
-    return transfer.mean_answers(teachers, texts, device=CPU, bf16=False, batch_tokens=4096)
+    return transfer.mean_probabilities(teachers, texts, device=CPU, bf16=False, batch_tokens=4096)
 
 
 def test_a_teacher_answers_in_the_order_of_the_classes(trained: Path) -> None:
@@ -290,10 +290,10 @@ def test_what_is_taught_lies_halfway_between_teacher_and_label() -> None:
     rows = [np.array([i], dtype=np.int32) for i in range(3)]
     train, unlabelled = EncodedTexts(rows[:2], [0, 1]), EncodedTexts(rows[2:], [-1])
     answers = np.array([[0.5, 0.5], [0.6, 0.4], [0.1, 0.9]], dtype=np.float32)
-    texts = stages.taught(train, unlabelled, answers)
+    texts = stages.distillation_targets(train, unlabelled, answers)
     np.testing.assert_allclose(texts.labels, [[0.75, 0.25], [0.3, 0.7], [0.1, 0.9]], atol=1e-6)
     assert [int(row[0]) for row in texts.rows] == [0, 1, 2]
-    assert len(stages.taught(train, None, answers[:2])) == 2
+    assert len(stages.distillation_targets(train, None, answers[:2])) == 2
 
 
 # ---- runs --------------------------------------------------------------------------------------
@@ -340,7 +340,7 @@ def test_a_resumed_run_needs_neither_source_again(
     """And ends with the same weights, though what a source lacks is drawn when it is loaded."""
     masked_lm = BertForMaskedLM(tiny_bert(100))  # it has no pooler
     weights, notes = [], []
-    for name, stage in (("whole", None), ("early", "fit_ngrams"), ("late", "taught")):
+    for name, stage in (("whole", None), ("early", "fit_ngrams"), ("late", "distillation_targets")):
         teacher, embeddings = tmp_path / "teacher", tmp_path / "bert"
         shutil.copytree(trained, teacher)
         metrics = json.loads((teacher / "metrics.json").read_text())
@@ -411,7 +411,7 @@ def test_damaged_answers_are_a_sentence(
 ) -> None:
     options = TrainOptions(**QUICK, output_dir=tmp_path / "run", teacher=[str(trained)])
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "taught", stop)
+        patch.setattr(stages, "distillation_targets", stop)
         with pytest.raises(KeyboardInterrupt):
             train_text(options)
     file = tmp_path / "run" / "checkpoints" / "teacher.safetensors"

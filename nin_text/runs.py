@@ -26,10 +26,7 @@ from nin_text.options import TrainOptions, check, is_nin, saved_nin, with_recipe
 from nin_text.run_folder import CHECKPOINTS
 from nin_text.text import NiNTextForSequenceClassification
 from nin_text.tokenization import encode
-from nin_text.training import (
-    EncodedTexts,
-    TextTrainer,
-)
+from nin_text.training import EncodedTexts, TextTrainer
 from nin_text.transfer import Teacher
 
 logger = logging.getLogger(__name__)
@@ -62,31 +59,9 @@ def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dic
     record = run_folder.essentials(options, dataset.fingerprint())
     if options.resume and (finished := run_folder.finished_run(folder, record)) is not None:
         return finished
-    # Of several processes (torchrun), one prepares what all use, while the others wait.
-    processes = PartialState(cpu=device.type == "cpu", timeout=LONGEST_WAIT)
-    if processes.is_main_process and options.resume:
-        run_folder.open_run_folder(folder, record, resume=True)
-    if is_nin(options.model):
-        # Whose batches have few sizes. Those of a transformer are all different: the heap would
-        # fragment (14 GB after MiniLM-L6 had scored IMDB).
-        keep_freed_memory()
-    set_seed(options.seed)
-    with processes.main_process_first():  # it trains the tokenizer, the others find it in the cache
-        labels = dataset.splits["train"].labels
-        model, tokenizer = models.build(options, texts, labels, dataset.label_names)
-        with torch.random.fork_rng(devices=[]):  # what a source lacks is drawn when it is loaded
-            teachers = _take_over(options, folder, model, tokenizer, dataset.label_names, device)
-    taken_over = _notes(options, folder)
-    # Not before all that is named in the options has been found: this discards an unfinished run.
-    if processes.is_main_process:
-        if not options.resume:
-            run_folder.open_run_folder(folder, record, resume=False)
-        if options.init_embeddings is not None:
-            stages.save_embeddings(model, folder / CHECKPOINTS / EMBEDDINGS_FILE)
-        if taken_over:
-            (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-            report.write_json(folder / CHECKPOINTS / NOTES_FILE, taken_over)
-    processes.wait_for_everyone()
+    model, tokenizer, teachers, taken_over = _prepare(
+        options, dataset, texts, folder, record, device
+    )
 
     def encode_split(split: str) -> EncodedTexts:
         part = dataset.splits[split]
@@ -100,7 +75,7 @@ def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dic
     logger.info(
         "%s: %s parameters, vocabulary %s, on %s",
         options.model,
-        f"{sum(p.numel() for p in model.parameters()):,}",
+        f"{model.num_parameters():,}",
         f"{len(tokenizer):,}",
         device,
     )
@@ -154,6 +129,43 @@ def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dic
         pages = {} if mistakes is None else {report.MISTAKES_FILE: mistakes}
         run_folder.leave(folder, metrics, answers, save, pages)
     return run_folder.summary(metrics, folder)
+
+
+def _prepare(
+    options: TrainOptions,
+    dataset: TextDataset,
+    texts: Sequence[str],
+    folder: Path,
+    record: dict[str, Any],
+    device: torch.device,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[Teacher], list[str]]:
+    """A model to train, its tokenizer and teachers, notes on their origin; and the run folder."""
+    # Of several processes (torchrun), one prepares what all use, while the others wait.
+    processes = PartialState(cpu=device.type == "cpu", timeout=LONGEST_WAIT)
+    if processes.is_main_process and options.resume:
+        run_folder.open_run_folder(folder, record, resume=True)
+    if is_nin(options.model):
+        # Whose batches have few sizes. Those of a transformer are all different: the heap would
+        # fragment (14 GB after MiniLM-L6 had scored IMDB).
+        keep_freed_memory()
+    set_seed(options.seed)
+    with processes.main_process_first():  # it trains the tokenizer, the others find it in the cache
+        labels = dataset.splits["train"].labels
+        model, tokenizer = models.build(options, texts, labels, dataset.label_names)
+        with torch.random.fork_rng(devices=[]):  # what a source lacks is drawn when it is loaded
+            teachers = _take_over(options, folder, model, tokenizer, dataset.label_names, device)
+    taken_over = _notes(options, folder)
+    # Not before all that is named in the options has been found: this discards an unfinished run.
+    if processes.is_main_process:
+        if not options.resume:
+            run_folder.open_run_folder(folder, record, resume=False)
+        if options.init_embeddings is not None:
+            stages.save_embeddings(model, folder / CHECKPOINTS / EMBEDDINGS_FILE)
+        if taken_over:
+            (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+            report.write_json(folder / CHECKPOINTS / NOTES_FILE, taken_over)
+    processes.wait_for_everyone()
+    return model, tokenizer, teachers, taken_over
 
 
 def _texts_to_prepare_for(options: TrainOptions, dataset: TextDataset) -> Sequence[str]:

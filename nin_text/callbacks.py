@@ -116,8 +116,10 @@ class Patience(EarlyStoppingCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):  # type: ignore[no-untyped-def]
         super().on_train_begin(args, state, control, **kwargs)
-        seen = [e["eval_accuracy"] for e in state.log_history if "eval_accuracy" in e]
-        self.early_stopping_patience_counter = len(seen) - 1 - seen.index(max(seen)) if seen else 0
+        name = f"eval_{args.metric_for_best_model}"
+        seen = [entry[name] for entry in state.log_history if name in entry]
+        best = (max if args.greater_is_better else min)(seen, default=None)
+        self.early_stopping_patience_counter = len(seen) - 1 - seen.index(best) if seen else 0
 
 
 class StopOnNaN(TrainerCallback):

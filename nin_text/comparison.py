@@ -124,7 +124,8 @@ def _compare(
     plots = to_plots(comparison)
     for file, text in (("md", to_markdown(comparison)), ("html", to_html(comparison, plots))):
         report.write_text(folder / f"comparison.{file}", text)
-    (folder / PLOTS).mkdir(exist_ok=True)
+    shutil.rmtree(folder / PLOTS, ignore_errors=True)
+    (folder / PLOTS).mkdir()
     for plot in plots:
         report.write_text(folder / PLOTS / f"{plot.name}.svg", plot.svg.decode())
     if not options.quiet:

@@ -200,8 +200,13 @@ def load_text_dataset(
     if "unsupervised" in splits:
         splits["unsupervised"] = _unlabelled(splits["unsupervised"].texts)
     splits = finish_splits(splits, label_names, notes, limit)
+    known = {text for split in ("validation", "test") for text in splits[split].texts}
+    if "unsupervised" in splits and name not in KNOWN:  # those are learned from as published
+        texts = splits["unsupervised"].texts
+        splits["unsupervised"] = _unlabelled([text for text in texts if text not in known])
+        if left_out := len(texts) - len(splits["unsupervised"]):
+            notes.append(f"{left_out:,} unlabelled texts are left out: they are judged by")
     if unlabelled_file is not None:
-        known = {text for split in ("validation", "test") for text in splits[split].texts}
         more = _read_unlabelled(unlabelled_file, text_column, known)
         before = splits.get("unsupervised", Split([], [])).texts
         splits["unsupervised"] = _unlabelled([*before, *more])

@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,6 +52,7 @@ from nin_text.evaluation import pad, predict_logits, softmax
 from nin_text.learning import Learner, few_labels, learn
 from nin_text.options import (
     ESTIMATOR_FILE,
+    METRICS_FILE,
     PRECISIONS,
     PRESET_NAMES,
     READY_MADE,
@@ -63,6 +65,7 @@ from nin_text.options import (
 from nin_text.pretraining import choose_targets
 from nin_text.recipes import RECIPES
 from nin_text.report import move_files, write_json
+from nin_text.run_folder import RUN_FILES
 from nin_text.text import NiNTextForSequenceClassification
 from nin_text.tokenization import encode
 from nin_text.training import (
@@ -70,6 +73,9 @@ from nin_text.training import (
     TextTrainer,
     TokenBatchSampler,
 )
+
+# Random numbers, threads and what accelerate knows are of the process: fits in threads take turns.
+_ONE_AT_A_TIME = threading.RLock()
 
 
 class NiNTextClassifier(ClassifierMixin, BaseEstimator):
@@ -193,7 +199,8 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
         if len(classes) < 2:
             raise UserError(f"all labels are {classes[0]!r}; a classifier needs two classes")
         weight = self._weights(y, labels, sample_weight)
-        more = [] if unlabelled is None or not len(unlabelled) else as_texts(unlabelled)
+        unlabelled = [] if unlabelled is None else unlabelled
+        more = as_texts(unlabelled) if not hasattr(unlabelled, "__len__") or len(unlabelled) else []
         if more and (weight is not None or labels.ndim == 2):
             raise UserError("unlabelled texts cannot go with weights or with several labels a text")
         texts, labels, weight = with_weight(texts, labels, weight)
@@ -254,7 +261,8 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
 
         Args:
             X, y, sample_weight: as of `fit`.
-            classes: all labels that will come, for the first call.
+            classes: all labels that will come, for the first call; of a matrix of labels those of
+                its columns, which must be sorted.
 
         Raises:
             UserError: a ValueError, if texts, labels or parameters cannot be used.
@@ -263,7 +271,10 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
         if not begun:
             if classes is None:
                 raise UserError("the first call of partial_fit needs classes, all that will come")
-            classes = np.unique(np.asarray(classes))
+            given = np.asarray(classes)
+            classes = np.unique(given)
+            if y.ndim == 2 and not np.array_equal(given, classes):
+                raise UserError("classes of a matrix of labels must be distinct and sorted")
             if len(classes) < 2:
                 raise UserError("classes must hold two labels or more, all that will come")
         elif classes is not None and set(np.asarray(classes).tolist()) != set(
@@ -331,6 +342,10 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
     def _session(self) -> Iterator[TrainOptions]:
         """Options with a seed; threads, logging and random numbers are as before afterwards."""
         options = self._options()
+        with _ONE_AT_A_TIME:
+            yield from self._alone(options)
+
+    def _alone(self, options: TrainOptions) -> Iterator[TrainOptions]:
         options.seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         logger = logging.getLogger("nin_text")
         level = logger.level
@@ -354,11 +369,14 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
             by_class = None  # yes and no are balanced for each class by itself, see `targets_of`
         if given is None and by_class is None:
             return None
-        weight = np.ones(len(y)) if given is None else np.asarray(given, dtype=np.float64)
+        weight = np.ones(len(y)) if given is None else np.array(given, dtype=np.float64)
         if weight.shape != (len(y),) or not np.isfinite(weight).all() or (weight < 0).any():
             raise UserError("sample_weight must hold one number for each text, none below zero")
         if by_class is not None:
-            weight = weight * compute_sample_weight(by_class, y)
+            counted = weight > 0
+            if isinstance(by_class, dict):  # a call of partial_fit need not have every class
+                by_class = {label: by_class.get(label, 1.0) for label in np.unique(y[counted])}
+            weight[counted] *= compute_sample_weight(by_class, y[counted])
         if not np.isfinite(weight).all() or (weight < 0).any():
             raise UserError("class_weight must hold numbers that are not below zero")
         return weight
@@ -465,7 +483,7 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
         weight: np.ndarray | None,
     ) -> None:
         model = self._on_device()
-        rows = encode(self.tokenizer_, texts, self.max_length)
+        rows = encode(self.tokenizer_, texts, self.max_length_)
         targets = torch.from_numpy(self._targets(labels, weight, len(self.classes_)))
         if self._optimizer is None:
             self._optimizer = torch.optim.AdamW(
@@ -557,6 +575,9 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
                 "n_iter": self.n_iter_,
             },
         )
+        if (place / METRICS_FILE).is_file():  # what a run has left there is of another model
+            for name in RUN_FILES:
+                (place / name).unlink(missing_ok=True)
         move_files(aside, place)
 
     @classmethod

@@ -47,9 +47,14 @@ def as_texts(X: Any) -> list[str]:  # noqa: N803
         raise UserError("there are no texts in X")
     for i, text in enumerate(texts):
         if not isinstance(text, str):
-            shown = "missing" if text is None or text != text else f"of type {type(text).__name__}"
+            shown = "missing" if _is_missing(text) else f"of type {type(text).__name__}"
             raise UserError(f"X must hold strings alone, but number {i} is {shown}")
     return [str(text) for text in texts]
+
+
+def _is_missing(value: Any) -> bool:
+    """None, NaN, or pandas.NA, whose comparisons are neither true nor false."""
+    return value is None or type(value).__name__ == "NAType" or bool(np.all(value != value))
 
 
 def as_labels(y: Any) -> np.ndarray:
@@ -58,7 +63,11 @@ def as_labels(y: Any) -> np.ndarray:
         raise UserError("y must hold a label for each text, not None")
     if hasattr(y, "toarray"):  # a sparse indicator matrix
         y = y.toarray()
+    if isinstance(y, (list, tuple)) and any(map(_is_missing, y)):  # NumPy would make it a string
+        raise UserError("y must hold a label for each text, but some are missing")
     labels = np.asarray(y)
+    if labels.dtype.kind in "mM":
+        raise UserError("labels cannot be dates or times; give them as strings")
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
     try:

@@ -207,10 +207,13 @@ def classification_metrics(
 
 
 def _macro_f1(truth: np.ndarray, predicted: np.ndarray, classes: int) -> float:
-    """scikit-learn's macro F1 (zero_division=0), fast enough for a bootstrap."""
+    """scikit-learn's macro F1 (zero_division=0), fast enough for a bootstrap.
+
+    Classes that are neither true nor predicted anywhere do not count.
+    """
     hits = np.bincount(truth[truth == predicted], minlength=classes)
     totals = np.bincount(truth, minlength=classes) + np.bincount(predicted, minlength=classes)
-    return float((2 * hits / np.maximum(totals, 1)).mean())
+    return float((2 * hits[totals > 0] / totals[totals > 0]).mean())
 
 
 def _roc_auc(truth: np.ndarray, probabilities: np.ndarray) -> float | None:

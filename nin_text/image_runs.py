@@ -48,7 +48,8 @@ def train_image(options: ImageTrainOptions, dataset: ImageDataset | None = None)
     device = pick_device(options.device)
     folder = run_folder.folder_of(options)
     record = run_folder.essentials(options, dataset.fingerprint())
-    if options.resume and (finished := run_folder.finished_run(folder, record)) is not None:
+    names = dataset.label_names
+    if options.resume and (finished := run_folder.finished_run(folder, record, names)):
         if options.explain and not (folder / report.CLASS_MAPS_FILE).is_file():
             page = _class_maps(options, dataset, _saved_model(folder))
             report.write_text(folder / report.CLASS_MAPS_FILE, page)

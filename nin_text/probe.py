@@ -34,7 +34,8 @@ class _Pooled(nn.Module):
 
 def vectors(encoder: NiNTextModel, rows: Sequence[np.ndarray]) -> np.ndarray:
     """(n, C) float32: the pooled output of an encoder for the token ids of each text."""
-    return predict_logits(_Pooled(encoder), rows, pad_token_id=encoder.config.pad_token_id or 0)
+    pooled = _Pooled(encoder).train(encoder.training)  # a new module trains, and takes it along
+    return predict_logits(pooled, rows, pad_token_id=encoder.config.pad_token_id or 0)
 
 
 def fit_head(

@@ -7,7 +7,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from nin_text import report
 from nin_text.callbacks import last_checkpoint
 from nin_text.errors import UserError
 from nin_text.evaluation import classification_metrics, softmax
+from nin_text.options import ESTIMATOR_FILE
 from nin_text.training import ClassifierTrainer
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,11 @@ logger = logging.getLogger(__name__)
 OPTIONS_FILE = "options.json"
 CHECKPOINTS = "checkpoints"  # what a resumed run needs
 ANSWERS_FILE = "answers.safetensors"  # class probabilities (n, K) of "validation" and "test"
+# What a run leaves beside model and tokenizer.
+RUN_FILES = (
+    *(report.METRICS_FILE, OPTIONS_FILE, ANSWERS_FILE, report.MISTAKES_FILE),
+    *(report.CLASS_MAPS_FILE, "README.md", "curves.png", "confusion.png"),
+)
 # Options that do not change what is trained: a resumed run may differ in them.
 INCIDENTAL = {"data_dir", "device", "explain", "output_dir", "quiet", "resume", "verbose"}
 # Values of options that came later, in runs from before. Any other was off.
@@ -69,6 +75,10 @@ def open_run_folder(folder: Path, record: dict[str, Any], *, resume: bool) -> No
         logger.warning("there is no run to resume in %s; starting one", folder)
     elif _begun(checkpoints):
         logger.warning("an unfinished run in %s is discarded (--resume would continue it)", folder)
+    elif (folder / report.METRICS_FILE).is_file():
+        logger.warning(
+            "the finished run in %s is replaced at the end; --output-dir would keep it", folder
+        )
     folder.mkdir(parents=True, exist_ok=True)
     discard(checkpoints)
     report.write_json(path, record)
@@ -107,12 +117,16 @@ def _check_same(record: dict[str, Any], path: Path, folder: Path) -> None:
             )
 
 
-def finished_run(folder: Path, record: dict[str, Any]) -> dict[str, Any] | None:
+def finished_run(
+    folder: Path, record: dict[str, Any], label_names: Sequence[str]
+) -> dict[str, Any] | None:
     """The summary of a run of these options that came to its end, None otherwise."""
     try:
         metrics = json.loads((folder / report.METRICS_FILE).read_text(encoding="utf-8"))
         before = BEFORE | metrics["options"]
         if not all(_is_same(before, name, value) for name, value in record.items()):
+            return None
+        if metrics["label_names"] != list(label_names):
             return None
         finished = summary(metrics, folder)
     except (OSError, ValueError, KeyError, TypeError):
@@ -236,7 +250,7 @@ def leave(
     for name, text in pages.items():
         report.write_text(aside / name, text)
     report.write_text(aside / "README.md", report.model_card(metrics))
-    for name in (report.METRICS_FILE, report.MISTAKES_FILE, report.CLASS_MAPS_FILE):
+    for name in (report.METRICS_FILE, report.MISTAKES_FILE, report.CLASS_MAPS_FILE, ESTIMATOR_FILE):
         (folder / name).unlink(missing_ok=True)
     report.move_files(aside, folder)
     report.write_json(folder / report.METRICS_FILE, metrics)

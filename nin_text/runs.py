@@ -57,7 +57,8 @@ def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dic
     device = pick_device(options.device)
     folder = run_folder.folder_of(options)
     record = run_folder.essentials(options, dataset.fingerprint())
-    if options.resume and (finished := run_folder.finished_run(folder, record)) is not None:
+    names = dataset.label_names
+    if options.resume and (finished := run_folder.finished_run(folder, record, names)):
         return finished
     model, tokenizer, teachers, taken_over = _prepare(
         options, dataset, texts, folder, record, device

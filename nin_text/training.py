@@ -473,8 +473,8 @@ def text_trainer(
         train, validation: what to learn from, and what to judge by.
         epochs: passes over `train`.
         device: where to compute.
-        keep_best_epoch: keep the pass that is right most often, and stop early; else make all
-            passes and keep the last.
+        keep_best_epoch: keep the pass that is right most often, or with several labels a text
+            that of least loss, and stop early; else make all passes and keep the last.
     """
     settings = training_arguments(
         folder,
@@ -484,6 +484,8 @@ def text_trainer(
         **shared_arguments(options, device),
     )
     settings.load_best_model_at_end = keep_best_epoch
+    if validation.labels.ndim == 2:  # "no" to each of many labels is nearly always right
+        settings.metric_for_best_model, settings.greater_is_better = "loss", False
     return TextTrainer(
         model=model,
         args=settings,

@@ -50,7 +50,7 @@ class NiNTextVectorizer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseE
             raise UserError("to train its encoder, NiNTextVectorizer needs labels y")
         else:
             source = clone(self.classifier).fit(X, y)
-        self.encoder_: NiNTextModel = source.model_.nin
+        self.encoder_: NiNTextModel = source.model_.nin.eval()
         self.tokenizer_, self.max_length_ = source.tokenizer_, source.max_length_
         return self
 

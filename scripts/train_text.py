@@ -9,7 +9,7 @@ from nin_text.options import TrainOptions
 EXAMPLES = """\
   python scripts/train_text.py                              # built-in reviews, under a minute
   python scripts/train_text.py --dataset demo_topics --model nin-text-small --seed 1
-  python scripts/train_text.py --dataset imdb               # ten to twenty minutes on two cores
+  python scripts/train_text.py --dataset imdb               # about half an hour on one core
   python scripts/train_text.py --dataset my.csv --text-column body --label-column topic
   python scripts/train_text.py --dataset trec --model distilbert-base-uncased
   python scripts/train_text.py --dataset sst2 --init-embeddings glove.6B.300d.txt

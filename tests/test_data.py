@@ -546,3 +546,13 @@ def test_a_large_validation_split_leaves_half_of_few_labels_to_learn_from(tmp_pa
     dataset = load_text_dataset(str(tmp_path), labelled=20)
     assert sizes(dataset)["train"] == sizes(dataset)["validation"] == 10
     assert set(dataset.splits["train"].labels) == set(range(5))
+
+
+def test_unlabelled_texts_of_a_folder_are_none_that_are_judged_by(tmp_path: Path) -> None:
+    frame(40).to_csv(tmp_path / "train.csv", index=False)
+    frame(10, 100).to_csv(tmp_path / "test.csv", index=False)
+    both = pd.concat([frame(10, 100), frame(5, 300)])
+    both[["text"]].to_csv(tmp_path / "unsupervised.csv", index=False)
+    dataset = load_text_dataset(str(tmp_path), unsupervised=True)
+    assert dataset.splits["unsupervised"].texts == frame(5, 300)["text"].tolist()
+    assert any("10 unlabelled texts are left out" in note for note in dataset.notes)

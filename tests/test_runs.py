@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import random
@@ -107,9 +108,24 @@ def test_a_run_killed_while_its_checkpoints_are_removed_is_finished(
     assert train_text(TrainOptions(**options, resume=True)) == first
 
 
+def test_a_finished_run_of_other_class_names_is_made_anew(tmp_path: Path) -> None:
+    options = {**QUICK, "output_dir": tmp_path / "run", "resume": True}
+    dataset = load_text_dataset("demo_reviews", limit=100)
+    train_text(TrainOptions(**options), dataset)
+    renamed = dataclasses.replace(dataset, label_names=["bad", "good"])
+    assert renamed.fingerprint() == dataset.fingerprint()
+    train_text(TrainOptions(**options), renamed)
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["label_names"] == ["bad", "good"]
+
+
 def test_training_again_replaces_a_finished_run(tmp_path: Path) -> None:
+    """And a classifier that an estimator saved there."""
     options = {**QUICK, "output_dir": tmp_path / "run"}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "estimator.json").write_text('{"classes": ["x", "y"]}')
     train_text(TrainOptions(**options))
+    assert not (tmp_path / "run" / "estimator.json").exists()
     before = weights(tmp_path / "run")
     train_text(TrainOptions(**options, seed=5))
     assert weights(tmp_path / "run") != before
@@ -249,7 +265,7 @@ def test_unlabelled_texts_are_learned_from(
     draw = random.Random(0)
 
     def row(known: str, companion: str, label: int | None) -> dict[str, object]:
-        filler = [draw.choice("one two three four five six".split()) for _ in range(4)]
+        filler = [draw.choice("one two three four five six".split()) for _ in range(6)]
         text = " ".join([*filler, known, companion])
         return {"text": text} if label is None else {"text": text, "label": label}
 

@@ -11,6 +11,7 @@ import pytest
 
 from nin_text import NiNTextClassifier, NiNTextVectorizer, load_text_dataset
 from nin_text.errors import UserError
+from nin_text.tokenization import encode
 
 QUICK = {"model": "nin-text-small", "epochs": 1, "random_state": 0, "n_jobs": 1}
 TEXTS, LABELS = ["good film", "bad film", "a fine plot"], ["b", "a", "b"]
@@ -108,3 +109,16 @@ def test_a_vectorizer_leaves_its_encoder_as_it_is() -> None:
     with ThreadPoolExecutor(3) as pool:
         for found in [pool.submit(vectorizer.transform, TEXTS) for _ in range(12)]:
             np.testing.assert_array_equal(found.result(), expected)
+
+
+def test_partial_fit_cuts_texts_as_answers_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, lengths = NiNTextClassifier(**QUICK).fit(TEXTS, LABELS), []
+
+    def recorded(tokenizer: object, texts: list[str], max_length: int) -> list[np.ndarray]:
+        lengths.append(max_length)
+        return encode(tokenizer, texts, max_length)
+
+    monkeypatch.setattr("nin_text.estimator.encode", recorded)
+    model.max_length_ = 2  # as that of a loaded run
+    model.partial_fit(TEXTS, LABELS).predict(TEXTS)
+    assert lengths == [2, 2]

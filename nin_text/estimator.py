@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from scipy.special import expit
 from sklearn.base import BaseEstimator, ClassifierMixin
-from sklearn.utils import check_random_state, compute_sample_weight
+from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import (
@@ -46,6 +46,7 @@ from nin_text.estimator_inputs import (
     plain,
     targets_of,
     threads,
+    weights_of,
     with_weight,
 )
 from nin_text.evaluation import pad, predict_logits, softmax
@@ -198,7 +199,7 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
         labels, classes = encode_labels(texts, y, None)
         if len(classes) < 2:
             raise UserError(f"all labels are {classes[0]!r}; a classifier needs two classes")
-        weight = self._weights(y, labels, sample_weight)
+        weight = weights_of(y, labels, classes, sample_weight, self.class_weight)
         unlabelled = [] if unlabelled is None else unlabelled
         more = as_texts(unlabelled) if not hasattr(unlabelled, "__len__") or len(unlabelled) else []
         if more and (weight is not None or labels.ndim == 2):
@@ -206,7 +207,7 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
         texts, labels, weight = with_weight(texts, labels, weight)
         if weight is not None and labels.ndim == 1 and len(np.unique(labels)) < 2:
             raise UserError("only one class has texts whose weight is not zero")
-        with self._session() as options:
+        with _ONE_AT_A_TIME, self._session() as options:
             again = (
                 self.warm_start
                 and hasattr(self, "model_")
@@ -286,12 +287,13 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
         if begun and (y.ndim == 2) != self._is_multi_label():
             raise UserError("labels must be of one kind in all calls: one a text, or a matrix")
         labels, _ = encode_labels(texts, y, classes)
-        texts, labels, weight = with_weight(texts, labels, self._weights(y, labels, sample_weight))
+        weight = weights_of(y, labels, classes, sample_weight, self.class_weight)
+        texts, labels, weight = with_weight(texts, labels, weight)
         if not texts:
             if begun:
                 return self
             raise UserError("all texts of the first call of partial_fit have a weight of zero")
-        with self._session() as options:
+        with _ONE_AT_A_TIME, self._session() as options:
             if not begun:
                 options.ngrams = options.pretrain_epochs = 0
                 if not saved_nin(options.model):  # the first texts are not all that will come
@@ -342,10 +344,6 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
     def _session(self) -> Iterator[TrainOptions]:
         """Options with a seed; threads, logging and random numbers are as before afterwards."""
         options = self._options()
-        with _ONE_AT_A_TIME:
-            yield from self._alone(options)
-
-    def _alone(self, options: TrainOptions) -> Iterator[TrainOptions]:
         options.seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         logger = logging.getLogger("nin_text")
         level = logger.level
@@ -359,27 +357,6 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
             logger.setLevel(level)
             if bars:
                 enable_progress_bar()
-
-    def _weights(self, y: np.ndarray, labels: np.ndarray, given: Any) -> np.ndarray | None:
-        """(n,) weight of each text, class weights included; None if all are alike."""
-        by_class = self.class_weight
-        if labels.ndim == 2:
-            if by_class not in (None, "balanced"):
-                raise UserError("class_weight of a multi-label classifier is 'balanced' or None")
-            by_class = None  # yes and no are balanced for each class by itself, see `targets_of`
-        if given is None and by_class is None:
-            return None
-        weight = np.ones(len(y)) if given is None else np.array(given, dtype=np.float64)
-        if weight.shape != (len(y),) or not np.isfinite(weight).all() or (weight < 0).any():
-            raise UserError("sample_weight must hold one number for each text, none below zero")
-        if by_class is not None:
-            counted = weight > 0
-            if isinstance(by_class, dict):  # a call of partial_fit need not have every class
-                by_class = {label: by_class.get(label, 1.0) for label in np.unique(y[counted])}
-            weight[counted] *= compute_sample_weight(by_class, y[counted])
-        if not np.isfinite(weight).all() or (weight < 0).any():
-            raise UserError("class_weight must hold numbers that are not below zero")
-        return weight
 
     def _build(
         self,

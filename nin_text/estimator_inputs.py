@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from sklearn.utils import compute_class_weight, compute_sample_weight
 from sklearn.utils.multiclass import type_of_target, unique_labels
 
 from nin_text.errors import UserError
@@ -100,6 +101,35 @@ def encode_labels(
     if unknown:
         raise UserError(f"label {unknown.pop()!r} is not among the classes")
     return np.searchsorted(found, y), found
+
+
+def weights_of(
+    y: np.ndarray, labels: np.ndarray, classes: np.ndarray, given: Any, class_weight: Any
+) -> np.ndarray | None:
+    """(n,) weight of each text, class weights included; None if all are alike.
+
+    Args:
+        y, labels, classes: the labels as they are, and as `encode_labels` has them.
+        given: (n,) `sample_weight`, or None.
+        class_weight: as of the estimator.
+    """
+    if labels.ndim == 2:
+        if class_weight not in (None, "balanced"):
+            raise UserError("class_weight of a multi-label classifier is 'balanced' or None")
+        class_weight = None  # yes and no are balanced for each class by itself, see `targets_of`
+    if given is None and class_weight is None:
+        return None
+    weight = np.ones(len(y)) if given is None else np.array(given, dtype=np.float64)
+    if weight.shape != (len(y),) or not np.isfinite(weight).all() or (weight < 0).any():
+        raise UserError("sample_weight must hold one number for each text, none below zero")
+    if isinstance(class_weight, dict):  # not all classes need be in every portion
+        weight *= compute_class_weight(class_weight, classes=classes, y=classes)[labels]
+    elif class_weight is not None:
+        counted = weight > 0
+        weight[counted] *= compute_sample_weight(class_weight, y[counted])
+    if not np.isfinite(weight).all() or (weight < 0).any():
+        raise UserError("class_weight must hold numbers that are not below zero")
+    return weight
 
 
 def with_weight(

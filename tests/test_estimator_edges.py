@@ -57,6 +57,8 @@ def test_a_portion_may_lack_a_class_that_has_a_weight() -> None:
     model.partial_fit(["good film", "bad film"], ["b", "a"], classes=["a", "b"])
     model.partial_fit(["bad film"], ["a"])
     assert model.n_iter_ == 2
+    with pytest.raises(ValueError, match="not in class_weight"):
+        NiNTextClassifier(**QUICK, class_weight={"c": 2.0}).fit(TEXTS, LABELS)
 
 
 def test_saving_over_a_run_leaves_nothing_of_it(tmp_path: Path) -> None:

@@ -126,8 +126,6 @@ def _check(options: PredictOptions) -> tuple[list[Path], Path]:
     output = options.output
     if output.suffix.lower() not in FORMATS or output.is_dir():
         raise UserError(f"--output must be a file that ends in {', '.join(FORMATS)}, not {output}")
-    if options.resume and options.overwrite:
-        raise UserError("--resume keeps what was scored and --overwrite does not: give one of them")
     if not options.resume and not options.overwrite:
         if _parts(output).exists():
             raise UserError(

@@ -126,6 +126,7 @@ class ImageTrainOptions(CommonOptions):
     seed: int = option("seed of the weights, the batches, dropout and augmentation", 0)
     output_dir: Path | None = option("run folder (default: runs/<dataset>-<model>-seed<seed>)")
     resume: bool = option("continue the run in the output folder from its last checkpoint", False)
+    overwrite: bool = option("replace another run in the output folder", False)
 
     def arguments(self) -> dict[str, Any]:
         """Those of `load_image_dataset`."""

@@ -48,6 +48,7 @@ def train_image(options: ImageTrainOptions, dataset: ImageDataset | None = None)
     device = pick_device(options.device)
     folder = run_folder.folder_of(options)
     record = run_folder.essentials(options, dataset.fingerprint())
+    run_folder.check_free(folder, record, options)
     names = dataset.label_names
     if options.resume and (finished := run_folder.finished_run(folder, record, names)):
         if options.explain and not (folder / report.CLASS_MAPS_FILE).is_file():

@@ -269,6 +269,7 @@ class TrainOptions(CommonOptions, LearningOptions):
     seed: int = option("seed of the weights, the batches and dropout", 0)
     output_dir: Path | None = option("run folder (default: runs/<dataset>-<model>-seed<seed>)")
     resume: bool = option("continue the run in the output folder from its last checkpoint", False)
+    overwrite: bool = option("replace another run in the output folder", False)
 
     def arguments(self) -> dict[str, Any]:
         """As of `LearningOptions`; no unlabelled texts if the model has no use for them."""
@@ -430,6 +431,8 @@ def check(options: CommonOptions) -> None:
             flag = "--" + name.replace("_", "-")
             limits = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
             raise UserError(f"{flag} must be {limits}, not {value:g}")
+    if getattr(options, "resume", False) and getattr(options, "overwrite", False):
+        raise UserError("--resume keeps what there is and --overwrite does not: give one of them")
     if isinstance(options, TrainOptions) and "" in (options.init_embeddings, *options.teacher):
         raise UserError("--init-embeddings and --teacher need a name; leave them out for neither")
     if isinstance(options, TrainOptions) and options.ngrams == 0 and options.pretrain_epochs:

@@ -19,7 +19,7 @@ from nin_text import report
 from nin_text.callbacks import last_checkpoint
 from nin_text.errors import UserError
 from nin_text.evaluation import classification_metrics, softmax
-from nin_text.options import ESTIMATOR_FILE
+from nin_text.options import CONFIG_FILE, ESTIMATOR_FILE, WEIGHTS_FILE, run_metrics
 from nin_text.training import ClassifierTrainer
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,10 @@ RUN_FILES = (
     *(report.CLASS_MAPS_FILE, "README.md", "curves.png", "confusion.png"),
 )
 # Options that do not change what is trained: a resumed run may differ in them.
-INCIDENTAL = {"data_dir", "device", "explain", "output_dir", "quiet", "resume", "verbose"}
+INCIDENTAL = (
+    *("data_dir", "device", "explain", "output_dir"),
+    *("overwrite", "quiet", "resume", "verbose"),
+)
 # Values of options that came later, in runs from before. Any other was off.
 BEFORE = {"ngram_smoothing": 0.5}
 SUMMARY = (
@@ -63,6 +66,31 @@ def essentials(options: Any, data_fingerprint: str) -> dict[str, Any]:
     return essential | {"data_fingerprint": data_fingerprint}
 
 
+def check_free(folder: Path, record: dict[str, Any], options: Any) -> None:
+    """Refuse a folder in which a new run would replace something else.
+
+    A finished run of the same options may be repeated: it will give the same.
+
+    Raises:
+        UserError: if there is something else, without --resume and --overwrite.
+    """
+    if options.resume or options.overwrite:
+        return
+    if _begun(folder / CHECKPOINTS):
+        raise UserError(
+            f"{folder} holds an unfinished run; go on with --resume, or start anew with --overwrite"
+        )
+    before = run_metrics(str(folder)).get("options")
+    if isinstance(before, dict):
+        difference = _difference(before, record)
+        held = difference and f"a finished run with {difference}"
+    else:
+        names = {CONFIG_FILE, WEIGHTS_FILE, ESTIMATOR_FILE, *RUN_FILES} - {OPTIONS_FILE}
+        held = next((name for name in sorted(names) if (folder / name).exists()), None)
+    if held:
+        raise UserError(f"{folder} holds {held}; give another --output-dir, or --overwrite")
+
+
 def open_run_folder(folder: Path, record: dict[str, Any], *, resume: bool) -> None:
     """Make the run folder; keep what is in it if the run is to be resumed, else start clean."""
     path, checkpoints = folder / OPTIONS_FILE, folder / CHECKPOINTS
@@ -73,12 +101,6 @@ def open_run_folder(folder: Path, record: dict[str, Any], *, resume: bool) -> No
         return
     if resume:
         logger.warning("there is no run to resume in %s; starting one", folder)
-    elif _begun(checkpoints):
-        logger.warning("an unfinished run in %s is discarded (--resume would continue it)", folder)
-    elif (folder / report.METRICS_FILE).is_file():
-        logger.warning(
-            "the finished run in %s is replaced at the end; --output-dir would keep it", folder
-        )
     folder.mkdir(parents=True, exist_ok=True)
     discard(checkpoints)
     report.write_json(path, record)
@@ -91,14 +113,19 @@ def _begun(checkpoints: Path) -> bool:
     )
 
 
-def _is_same(before: dict[str, Any], name: str, value: Any) -> bool:
-    """Whether an option was the same before; one that came later was off."""
-    if name not in before:
-        return not value
-    old = before[name]
-    if isinstance(value, list) and not isinstance(old, list):  # when it took but one value
-        old = [] if old is None else [old]
-    return bool(old == value)
+def _difference(before: dict[str, Any], record: dict[str, Any]) -> str | None:
+    """What is not the same in two runs; an option that came later was off before."""
+    before = BEFORE | before
+    for name, value in record.items():
+        old = before.get(name)
+        if isinstance(value, list) and not isinstance(old, list):  # when it took but one value
+            old = [] if old is None else [old]
+        if old == value or (name not in before and not value):
+            continue
+        if name == "data_fingerprint":
+            return "other data"
+        return f"{name.replace('_', ' ')} {old}, not {value}"
+    return None
 
 
 def _check_same(record: dict[str, Any], path: Path, folder: Path) -> None:
@@ -108,13 +135,11 @@ def _check_same(record: dict[str, Any], path: Path, folder: Path) -> None:
         raise UserError(f"{path} is damaged; start anew without --resume") from error
     if not isinstance(before, dict):
         raise UserError(f"{path} is damaged; start anew without --resume")
-    before = BEFORE | before
-    for name, value in record.items():
-        if not _is_same(before, name, value):
-            raise UserError(
-                f"the run in {folder} has {name.replace('_', ' ')} {before.get(name)}, not {value};"
-                f" repeat its options to resume it, or give another --output-dir"
-            )
+    if difference := _difference(before, record):
+        raise UserError(
+            f"the run in {folder} has {difference}; repeat its options to resume it, or give "
+            f"another --output-dir"
+        )
 
 
 def finished_run(
@@ -123,10 +148,7 @@ def finished_run(
     """The summary of a run of these options that came to its end, None otherwise."""
     try:
         metrics = json.loads((folder / report.METRICS_FILE).read_text(encoding="utf-8"))
-        before = BEFORE | metrics["options"]
-        if not all(_is_same(before, name, value) for name, value in record.items()):
-            return None
-        if metrics["label_names"] != list(label_names):
+        if _difference(metrics["options"], record) or metrics["label_names"] != list(label_names):
             return None
         finished = summary(metrics, folder)
     except (OSError, ValueError, KeyError, TypeError):

@@ -57,6 +57,7 @@ def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dic
     device = pick_device(options.device)
     folder = run_folder.folder_of(options)
     record = run_folder.essentials(options, dataset.fingerprint())
+    run_folder.check_free(folder, record, options)
     names = dataset.label_names
     if options.resume and (finished := run_folder.finished_run(folder, record, names)):
         return finished

@@ -119,15 +119,35 @@ def test_a_finished_run_of_other_class_names_is_made_anew(tmp_path: Path) -> Non
     assert metrics["label_names"] == ["bad", "good"]
 
 
-def test_training_again_replaces_a_finished_run(tmp_path: Path) -> None:
-    """And a classifier that an estimator saved there."""
+@pytest.mark.parametrize("name", ["README.md", "config.json", "model.safetensors"])
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=f"holds {name}; give another --output-dir"):
+        train_text(TrainOptions(**QUICK, output_dir=tmp_path))
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: "mine"}
+
+
+def test_another_finished_run_is_replaced_only_if_that_is_asked_for(tmp_path: Path) -> None:
+    """And so is a classifier that an estimator saved there; the same run may be repeated."""
     options = {**QUICK, "output_dir": tmp_path / "run"}
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "estimator.json").write_text('{"classes": ["x", "y"]}')
-    train_text(TrainOptions(**options))
+    with pytest.raises(UserError, match=r"holds estimator\.json"):
+        train_text(TrainOptions(**options))
+    train_text(TrainOptions(**options, overwrite=True))
     assert not (tmp_path / "run" / "estimator.json").exists()
     before = weights(tmp_path / "run")
-    train_text(TrainOptions(**options, seed=5))
+    train_text(TrainOptions(**options))
+    assert weights(tmp_path / "run") == before
+    with pytest.raises(UserError, match="holds a finished run with seed 0, not 5; give another"):
+        train_text(TrainOptions(**options, seed=5))
+    with pytest.raises(UserError, match="holds a finished run with limit 100, not 50"):
+        train_text(TrainOptions(**{**options, "limit": 50}))
+    with pytest.raises(UserError, match="holds a finished run with other data"):
+        other = load_text_dataset("demo_reviews", limit=99)
+        train_text(TrainOptions(**options), other)
+    assert weights(tmp_path / "run") == before
+    train_text(TrainOptions(**options, seed=5, overwrite=True))
     assert weights(tmp_path / "run") != before
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["seed"] == 5
     assert not (tmp_path / "run" / "checkpoints").exists()
@@ -145,7 +165,7 @@ def test_a_failure_in_training_leaves_the_finished_run_as_it_was(
 
     monkeypatch.setattr("nin_text.callbacks.save_file", fail)
     with pytest.raises(OSError, match="No space"):
-        train_text(TrainOptions(**options, seed=6))
+        train_text(TrainOptions(**options, seed=6, overwrite=True))
     assert (weights(tmp_path / "run"), (tmp_path / "run" / "metrics.json").read_bytes()) == before
 
 

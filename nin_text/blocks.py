@@ -279,6 +279,8 @@ class SpatialConv(nn.Module):
         activation: str = "relu",
     ) -> None:
         super().__init__()
+        if stride > 1 and any(size % 2 == 0 for size in kernel_sizes):
+            raise ValueError(f"with a stride above 1 kernel sizes must be odd, not {kernel_sizes}")
         conv_type = {1: nn.Conv1d, 2: nn.Conv2d}[dims]
         branches = len(kernel_sizes)
         share, rest = divmod(out_channels, branches)

@@ -22,7 +22,7 @@ from typing import Any, NoReturn, TypeVar
 
 from nin_text.errors import UserError, in_one_line
 from nin_text.options import CommonOptions, check
-from nin_text.recipes import RECIPES
+from nin_text.recipes import DEFAULT_RECIPE
 
 Options = TypeVar("Options", bound=CommonOptions)
 Results = dict[str, Any] | Iterator[dict[str, Any]]
@@ -116,7 +116,7 @@ def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
         if arguments.get("required"):
             text += " (required)"
         elif spec.default is None and "default" not in text:
-            recipe = RECIPES["default"].get(spec.name, "unset")
+            recipe = DEFAULT_RECIPE.get(spec.name, "unset")
             text += f" (default: {recipe}{', unless the recipe differs' * (recipe != 'unset')})"
         elif isinstance(spec.default, tuple):
             text += f" (default: {' '.join(spec.default) or 'none'})"

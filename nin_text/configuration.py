@@ -6,7 +6,7 @@ Literal that has become a string would not be checked.
 """
 
 import math
-from dataclasses import field
+from dataclasses import field, fields
 from typing import Any, Final, Literal, Self
 
 from huggingface_hub.dataclasses import strict
@@ -167,9 +167,9 @@ class NiNTextConfig(PreTrainedConfig):
         """The configuration of a preset, with any field overridden.
 
         Raises:
-            ValueError: if there is no preset of that name.
+            ValueError: if there is no preset of that name, or no such field.
         """
-        return cls(**{**_preset(name, PRESETS), **overrides})
+        return _from_preset(cls, name, PRESETS, overrides)
 
 
 # The author's networks (see `NiNImageConfig` for what the fields mean): ReLU after every layer, the
@@ -314,6 +314,9 @@ class NiNImageConfig(PreTrainedConfig):
         sizes += [size for block in (*self.block_channels, *self.kernel_sizes) for size in block]
         if min(sizes) < 1:
             raise ValueError("image size, channels, kernel sizes and strides must be positive")
+        for stride, widths in zip(self.strides, self.kernel_sizes, strict=True):
+            if stride > 1 and any(width % 2 == 0 for width in widths):
+                raise ValueError(f"with a stride above 1 kernel sizes must be odd, not {widths}")
         if not set(self.pool) <= {"max", "average", "none"}:
             raise ValueError(f"pool must hold max, average and none, not {self.pool}")
         values = self.num_channels * self.image_size**2
@@ -338,9 +341,9 @@ class NiNImageConfig(PreTrainedConfig):
         """The configuration of a preset, with any field overridden.
 
         Raises:
-            ValueError: if there is no preset of that name.
+            ValueError: if there is no preset of that name, or no such field.
         """
-        return cls(**{**_preset(name, IMAGE_PRESETS), **overrides})
+        return _from_preset(cls, name, IMAGE_PRESETS, overrides)
 
 
 def with_pointwise_layers(blocks: list[list[int]], layers: int) -> list[list[int]]:
@@ -360,10 +363,15 @@ def with_pointwise_layers(blocks: list[list[int]], layers: int) -> list[list[int
     return changed
 
 
-def _preset(name: str, presets: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _from_preset(
+    cls: Any, name: str, presets: dict[str, dict[str, Any]], overrides: dict[str, Any]
+) -> Any:
     if name not in presets:
         raise ValueError(f"no preset named {name!r}; there are {', '.join(presets)}")
-    return presets[name]
+    # The base class would keep what it does not know, a misspelled name for one.
+    if unknown := set(overrides) - {spec.name for spec in fields(cls)} - {"num_labels"}:
+        raise ValueError(f"{cls.__name__} has no {', '.join(sorted(unknown))}")
+    return cls(**{**presets[name], **overrides})
 
 
 def _check_blocks(config: Any, lists: tuple[str, ...]) -> None:

@@ -41,7 +41,8 @@ class Known:
         labels: class names by index; None to take those that the data set brings.
         train_rows: size of the whole training set, to say so when a copy holds a part of it.
         text_columns: columns of the hub's copy that make up the text, joined by a space.
-        label_column: column of the hub's copy that holds the label.
+        label_column: column of the hub's copy that holds the label. Those of a copy in a folder are
+            guessed where it has others.
     """
 
     hub_id: str
@@ -133,6 +134,7 @@ class _Raw:
     label_names: Sequence[str] | None = None  # of the usual label column
     names_by_column: dict[str, list[str]] = field(default_factory=dict)
     train_rows: int = 0  # of the whole data set, of which this may be a part
+    is_copy: bool = False  # which may have other columns than these
     notes: list[str] = field(default_factory=list)
 
 
@@ -182,6 +184,10 @@ def load_text_dataset(
             table = read()
             if split == "train":
                 rows = len(next(iter(table.values()), ()))
+                if raw.is_copy and text_column is None and not set(raw.text_columns) <= set(table):
+                    texts_from = None
+                if raw.is_copy and usual_column and label_column not in table:
+                    label_column = None
             columns[split] = _columns(table, split, texts_from, label_column, drop_empty, notes)
             if label_column is None and split != "unsupervised":
                 label_column = readers.pick_column(
@@ -414,13 +420,12 @@ def places_of(name: str, data_dir: Path | None) -> list[Path]:
 def _find_known(name: str, data_dir: Path | None) -> _Raw:
     known = KNOWN[name]
     places = places_of(name, data_dir)
-    for place in places:
-        if place.is_dir():
-            raw = _read_folder(place)
-            raw.label_names = raw.label_names or known.labels
-            raw.train_rows = known.train_rows
-            return raw
-    raw = _from_hub(known.hub_id, [str(place) for place in places])
+    copy = next((place for place in places if place.is_dir()), None)
+    if copy is not None:
+        raw = _read_folder(copy)
+        raw.is_copy = True
+    else:
+        raw = _from_hub(known.hub_id, [str(place) for place in places])
     raw.text_columns = known.text_columns
     raw.label_column = known.label_column
     raw.label_names = raw.label_names or known.labels
@@ -549,7 +554,7 @@ def _columns(
     texts = table[text_columns[0]]
     if len(text_columns) > 1:
         parts = zip(*(table[name] for name in text_columns), strict=True)
-        texts = [" ".join(str(part) for part in row) for row in parts]
+        texts = [" ".join(str(part) for part in row if part is not None) for row in parts]
     labels = None
     if split != "unsupervised":
         label_column = readers.pick_column(

@@ -8,6 +8,6 @@ class UserError(ValueError):
     """
 
 
-def in_one_line(error: Exception, most: int = 200) -> str:
+def in_one_line(error: BaseException, most: int = 200) -> str:
     """What an exception says, up to so many characters; its type if it says nothing."""
     return " ".join(str(error).split())[:most] or type(error).__name__

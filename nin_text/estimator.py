@@ -31,7 +31,7 @@ from transformers.utils.logging import (
     is_progress_bar_enabled,
 )
 
-from nin_text import models, ngrams, stages
+from nin_text import models, stages
 from nin_text.configuration import MULTI_LABEL
 from nin_text.device import pick_device
 from nin_text.errors import UserError
@@ -63,15 +63,13 @@ from nin_text.options import (
     trained_max_length,
     with_recipe,
 )
-from nin_text.pretraining import choose_targets
-from nin_text.recipes import RECIPES
+from nin_text.recipes import DEFAULT_RECIPE
 from nin_text.report import move_files, write_json
 from nin_text.run_folder import RUN_FILES
 from nin_text.text import NiNTextForSequenceClassification
 from nin_text.tokenization import encode
 from nin_text.training import (
     EncodedTexts,
-    TextTrainer,
     TokenBatchSampler,
 )
 
@@ -297,7 +295,7 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
             if not begun:
                 options.ngrams = options.pretrain_epochs = 0
                 if not saved_nin(options.model):  # the first texts are not all that will come
-                    options.vocab_size = options.vocab_size or RECIPES["default"]["vocab_size"]
+                    options.vocab_size = options.vocab_size or DEFAULT_RECIPE["vocab_size"]
                 built = self._build(options, texts, labels, classes)
                 self._take(*built, classes, passes=0)
             self._one_pass(with_recipe(options, len(texts)), texts, labels, weight)
@@ -402,16 +400,15 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
                 new_head,
                 keep_best_epoch=self.early_stopping,
             )
+            encoded = {"train": EncodedTexts([rows[i] for i in rest], labels[rest])}
             if unlabelled:
                 more = encode(tokenizer, unlabelled, self.max_length)
-                encoded = {
-                    "train": EncodedTexts([rows[i] for i in rest], labels[rest]),
-                    "unsupervised": EncodedTexts(more, np.full(len(more), -1)),
-                }
+                encoded["unsupervised"] = EncodedTexts(more, np.full(len(more), -1))
                 trainer = learn(learner, encoded, {}, [])
             else:
-                others = [rows[i] for i in rest]
-                trainer = self._from_labels(learner, others, labels, weight, rest)
+                parts = None if weight is None else weight[rest]
+                targets = self._targets(labels, weight, model.classifier.out_features)[rest]
+                trainer = learn(learner, encoded, {}, [], parts, targets)
             # The averaged copy: the Trainer leaves the model itself wrapped for bfloat16.
             best = trainer.best_model
             assert isinstance(best, NiNTextForSequenceClassification) and best is not model
@@ -421,33 +418,6 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
                 )
                 best.rescale(1.0, learner.ngram_scale)
         return best, round(trainer.state.epoch or 0)
-
-    def _from_labels(
-        self,
-        learner: Learner,
-        rows: Sequence[np.ndarray],
-        labels: np.ndarray,
-        weight: np.ndarray | None,
-        rest: list[int],
-    ) -> TextTrainer:
-        """Learn from the texts that are not held out, the `rest`, by their weights."""
-        branch, passes = learner.nin.ngrams, learner.options.pretrain_epochs
-        parts = None if weight is None else weight[rest]
-        out_of_fold = None
-        if branch is not None:
-            ngrams.fit(branch, rows, labels[rest], sample_weight=parts)
-            out_of_fold = ngrams.out_of_fold_logits(branch, rows, labels[rest], sample_weight=parts)
-            learner.prior_scales = stages.prior_scales(
-                out_of_fold, labels[rest], labels_alone=not saved_nin(learner.options.model)
-            )
-            if passes:
-                learner.pretrain("pretraining", passes, rows, choose_targets(branch, rows))
-        if labels.ndim == 1:
-            counts = None if parts is None else parts / parts.mean()
-            learner.probe_head(rows, labels[rest], out_of_fold, counts)
-        targets = self._targets(labels, weight, learner.nin.classifier.out_features)[rest]
-        train = EncodedTexts(rows, targets)
-        return learner.train("training", learner.options.epochs, train)
 
     def _targets(self, labels: np.ndarray, weight: np.ndarray | None, classes: int) -> np.ndarray:
         return targets_of(labels, weight, classes, balanced=self.class_weight == "balanced")
@@ -467,6 +437,8 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
                 model.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay
             )
         optimizer = self._optimizer
+        for group in optimizer.param_groups:  # they may have been set anew since
+            group |= {"lr": options.learning_rate, "weight_decay": options.weight_decay}
         sampler = TokenBatchSampler(
             [len(row) for row in rows],
             options.batch_tokens,

@@ -24,9 +24,7 @@ def pad(rows: Sequence[np.ndarray], pad_token_id: int) -> tuple[torch.Tensor, to
     return input_ids, attention_mask
 
 
-def batches_by_length(
-    lengths: Sequence[int], batch_tokens: int, batch_size: int | None = None
-) -> list[list[int]]:
+def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
     """Group texts of similar length so that no padded batch exceeds `batch_tokens`.
 
     A text longer than that has a batch of its own. Longest first: if memory is short, it shows at
@@ -35,11 +33,7 @@ def batches_by_length(
     batches: list[list[int]] = []
     longest = 0
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        full = batches and (
-            longest * (len(batches[-1]) + 1) > batch_tokens
-            or (batch_size is not None and len(batches[-1]) >= batch_size)
-        )
-        if not batches or full:
+        if not batches or longest * (len(batches[-1]) + 1) > batch_tokens:
             batches.append([])
             longest = lengths[i]
         batches[-1].append(i)
@@ -170,23 +164,27 @@ def classification_metrics(
 
     Returns:
         Plain numbers, lists and dicts, ready for JSON. Fractions, not percent. `roc_auc` is
-        one-vs-rest, averaged over classes, and None if a class does not occur.
+        one-vs-rest, averaged over classes, and None if a class does not occur. The interval of the
+        accuracy is Wilson's (1927), that of macro F1 a bootstrap's; both are of the texts alone.
     """
-    from sklearn import metrics as sk  # takes seconds to import; predicting does without
+    from scipy.stats import binomtest  # takes seconds to import; predicting does without
+    from sklearn import metrics as sk
 
     truth = np.asarray(labels)
     classes = np.arange(len(label_names))
     probabilities = softmax(logits)
     predicted = logits.argmax(axis=1)
-    correct = (predicted == truth).astype(float)
+    correct = int((predicted == truth).sum())
+    # Near 0 and 1, and of few texts, a bootstrap's interval is too narrow.
+    interval = binomtest(correct, len(truth)).proportion_ci(method="wilson")
     precision, recall, f1, support = sk.precision_recall_fscore_support(
         truth, predicted, labels=classes, zero_division=0
     )
     return {
         "n": len(truth),
-        "accuracy": float(correct.mean()),
-        "accuracy_interval_95": bootstrap_interval(lambda i: correct[i].mean(), len(truth)),
-        "macro_f1": float(f1.mean()),
+        "accuracy": correct / len(truth),
+        "accuracy_interval_95": [float(interval.low), float(interval.high)],
+        "macro_f1": _macro_f1(truth, predicted, len(classes)),
         "macro_f1_interval_95": bootstrap_interval(
             lambda i: _macro_f1(truth[i], predicted[i], len(classes)), len(truth)
         ),
@@ -207,9 +205,9 @@ def classification_metrics(
 
 
 def _macro_f1(truth: np.ndarray, predicted: np.ndarray, classes: int) -> float:
-    """scikit-learn's macro F1 (zero_division=0), fast enough for a bootstrap.
+    """F1, averaged over the classes that are true or predicted anywhere.
 
-    Classes that are neither true nor predicted anywhere do not count.
+    As `f1_score(average="macro", zero_division=0)` of scikit-learn; fast enough for a bootstrap.
     """
     hits = np.bincount(truth[truth == predicted], minlength=classes)
     totals = np.bincount(truth, minlength=classes) + np.bincount(predicted, minlength=classes)

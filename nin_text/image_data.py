@@ -22,7 +22,10 @@ from nin_text.splits import announce, finish_splits, label_indices, label_names_
 
 logger = logging.getLogger(__name__)
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".webp"),
+    *(".tif", ".tiff", ".ppm", ".pgm", ".pnm"),
+)
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "fine_label", "labels")
 LARGEST_OWN_SIZE = DEFAULT_SIZE = 64  # pixels
@@ -129,7 +132,7 @@ def load_image_dataset(
     source, found = _find(name, data_dir, image_size)
     if "train" not in found.splits:
         raise UserError(f"{source} has no training images (a file or folder named train)")
-    notes: list[str] = []
+    notes = list(found.notes)
     if (there := len(found.splits["train"][1])) < found.train_images:
         notes.append(
             f"partial training set: {there:,} of the {found.train_images:,} images of {name}"
@@ -246,7 +249,7 @@ def decode(data: bytes | Path, name: str, size: int | None) -> np.ndarray:
     try:
         with Image.open(data if isinstance(data, Path) else io.BytesIO(data)) as picture:
             if picture.mode[0] in "IF":  # which the pipeline would clip at 255
-                raise ValueError("it has more than 8 bits a pixel; save it with 8")
+                raise ValueError("it is grey with more than 8 bits a pixel; save it with 8")
             grey = picture.mode in ("1", "L", "LA")
             upright = ImageOps.exif_transpose(picture).convert("L" if grey else "RGB")
         width, height = upright.size
@@ -310,28 +313,48 @@ def _read_parquet(files: Files) -> Any:
 
 def _read_class_folders(folder: Path, size: int | None) -> Found:
     """train/<class>/**/*.png and test/<class>/**/*.png, or <class>/**/*.png alone."""
+    by_name = {path.name.lower(): path for path in reversed(_subfolders(folder))}
     of_splits = pick_splits(  # not the class of trains
-        lambda name: (folder / name).is_dir() and bool(_subfolders(folder / name))
+        lambda name: name in by_name and bool(_subfolders(by_name[name]))
     )
-    parts = {split: folder / name for split, name in of_splits.items()}
+    parts = {split: by_name[name] for split, name in of_splits.items()}
     splits: Splits = {}
+    notes: list[str] = []
     for split, part in (parts or {"train": folder}).items():
         paths = [
             (path, classes.name)
             for classes in _subfolders(part)
-            for path in sorted(classes.rglob("*"))
-            if path.suffix.lower() in SUFFIXES and path.name[0] != "." and path.is_file()
+            for path in _images_of(classes, notes)
         ]
         bar = tqdm(paths, desc=f"reading {split}", unit="images", leave=False, disable=None)
         images = [decode(path, str(path), size) for path, _ in bar]
         splits[split] = (images, [name for _, name in paths])
-    if not any(labels for _, labels in splits.values()):
+    if "train" in splits and not splits["train"][1]:
         raise UserError(
-            f"{folder} holds no images: give a folder with one subfolder of images "
-            f"({', '.join(SUFFIXES[:3])}, ...) for each class, or see data/README.md"
+            f"{parts.get('train', folder)} holds no images: give a folder with one subfolder of "
+            f"images ({', '.join(SUFFIXES[:3])}, ...) for each class, or see data/README.md"
         )
+    if "nan" in {label.strip().lower() for _, labels in splits.values() for label in labels}:
+        raise UserError(f"a class folder in {folder} is called nan, as a missing label; rename it")
     names = label_names_of([], {split: labels for split, (_, labels) in splits.items()})
-    return Found(splits, names)
+    return Found(splits, names, notes=notes)
+
+
+def _images_of(classes: Path, notes: list[str]) -> list[Path]:
+    """The images in a class folder and the folders within; a note says what is left out."""
+    files = [
+        path
+        for path in sorted(classes.rglob("*"))
+        if path.is_file() and not any(p[0] == "." for p in path.relative_to(classes).parts)
+    ]
+    images = [path for path in files if path.suffix.lower() in SUFFIXES]
+    if len(images) < len(files):
+        others = sorted({path.suffix.lower() or path.name for path in files} - {*SUFFIXES})
+        left_out = f"{len(files) - len(images)} files that are not read as images"
+        notes.append(f"{classes}: {left_out} are left out ({', '.join(others[:5])})")
+    if not images:
+        notes.append(f"{classes} holds no images: there is no such class")
+    return images
 
 
 def _subfolders(folder: Path) -> list[Path]:

@@ -14,14 +14,14 @@ import re
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-from nin_text.errors import UserError
+from nin_text.errors import UserError, in_one_line
 
 # Unpacked; the largest file that is read from an archive has 180 MB. What claims more is an attack.
 MAX_UNPACKED = 2**31
@@ -40,10 +40,11 @@ class Found:
     splits: Splits
     label_names: Sequence[str] | None = None
     train_images: int = 0  # of the whole data set, of which this may be a part
+    notes: list[str] = field(default_factory=list)  # see `ImageDataset`
 
 
 def files_of(folder: Path) -> Files:
-    """The files in a folder, and in CIFAR's own folders and in archives within it.
+    """The files in a folder, and in CIFAR's own folders and archives within it.
 
     Archives are read in place: nothing is extracted, so a name in one cannot point anywhere.
     """
@@ -66,7 +67,8 @@ def read_known_format(files: Files) -> Found | None:
 def _files(folder: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
     for path in sorted([*folder.iterdir(), *folder.glob("cifar-*/*")]):
         if path.name.endswith((".tar.gz", ".tgz", ".tar")):
-            yield from _members(path)
+            if path.name.startswith("cifar-"):
+                yield from _members(path)
         elif path.is_file():
             name = path.name.removesuffix(".gz")
             yield name, (partial(_gunzip, path) if name != path.name else path.read_bytes)
@@ -85,7 +87,8 @@ def _members(archive: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
             while file.fileobj.read(CHUNK_BYTES):
                 pass  # at its end is the checksum
     except Exception as error:  # of tarfile, or of what unpacks it
-        raise UserError(f"{archive} is damaged ({error}); download it again") from error
+        reason = in_one_line(error)
+        raise UserError(f"{archive} is damaged ({reason}); download it again") from error
     for member in members:
         yield Path(member.name).name, partial(read, member)
 
@@ -130,7 +133,7 @@ def _idx(files: Files, name: str, dims: int) -> np.ndarray:
     values = np.frombuffer(data, np.uint8, offset=min(len(data), 4 + 4 * dims))
     if data[:4] != bytes((0, 0, 8, dims)) or len(shape) != dims or values.size != math.prod(shape):
         raise UserError(f"{name} is damaged or cut short; download it again")
-    return values.reshape(shape)
+    return values.reshape(shape).copy()  # which may be written to, as torch wants it
 
 
 def _read_cifar_binary(files: Files) -> Found | None:

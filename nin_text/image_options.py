@@ -166,7 +166,9 @@ def with_image_recipe(options: ImageTrainOptions) -> ImageTrainOptions:
     name = options.recipe or ("modern" if modern else "paper")
     recipe = IMAGE_RECIPES[name] | {"recipe": name}
     if name == "modern":
-        recipe |= IMAGE_DATASETS.get(Path(options.dataset).name, {})
+        recipe |= IMAGE_DATASETS.get(options.dataset, {})
+        if options.image_size:  # a square that leaves most of a small image
+            recipe["erase"] = min(recipe["erase"], options.image_size // 3)
     missing = {
         name: value for name, value in recipe.items() if getattr(options, name, value) is None
     }

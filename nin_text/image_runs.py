@@ -145,12 +145,18 @@ def build_image_model(
             label2id={name: i for i, name in enumerate(names)},
             **changes,
         )
-    except Exception as error:  # of huggingface_hub's validation, or ours
-        raise UserError(f"{options.model} cannot be built: {in_one_line(error)}") from error
+    except Exception as error:  # of huggingface_hub's validation, whose cause is ours
+        reason = in_one_line(error.__cause__ or error)
+        raise UserError(f"{options.model} cannot be built: {reason}") from error
     if options.dropout and set(config.pool) == {"none"}:
         raise UserError(f"--dropout acts where maps are pooled, which {options.model} does nowhere")
     model = NiNImageForImageClassification(config)
     if map_size(config) == 1:
+        if config.norm == "batch" and options.batch_size == 1:
+            raise UserError(
+                "--batch-size 1 leaves batch normalization a single value to learn from, where "
+                "images are as small as these; give 2 or more"
+            )
         logger.warning("the class maps are a single pixel: these images are small for the network")
     model.normalization.fit(torch.from_numpy(images))
     return model

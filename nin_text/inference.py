@@ -24,12 +24,14 @@ from nin_text.options import (
     EvaluateOptions,
     PredictOptions,
     check,
+    run_metrics,
     saved_nin,
     trained_max_length,
 )
 from nin_text.predictor import Predictor
 
 if TYPE_CHECKING:  # imports transformers, which the answers of a saved NiN do without
+    from nin_text.data import Split
     from nin_text.explain_page import Page
 
 logger = logging.getLogger(__name__)
@@ -41,7 +43,7 @@ PORTION = 512  # texts that are answered at once
 
 
 def evaluate_text(options: EvaluateOptions) -> dict[str, Any]:
-    """Evaluate a saved model on a split of a data set or on all of a file.
+    """Evaluate a saved model on a split of a data set, on all of a file, or on its own test split.
 
     Returns:
         `classification_metrics` with what they were obtained from.
@@ -54,19 +56,24 @@ def evaluate_text(options: EvaluateOptions) -> dict[str, Any]:
 
     predictor = PaddedPredictor(options)
     names = predictor.label_names
-    part, source, notes = load_split(
-        options.dataset,
-        options.split,
-        names,
-        **options.arguments(),
-    )
+    own = run_metrics(options.model)
+    dataset, all_rows = options.dataset, False
+    if dataset is None:
+        dataset, part, source, notes = _own_split(options, own, names)
+    else:
+        part, source, notes = load_split(dataset, options.split, names, **options.arguments())
+        all_rows = local_path(dataset).is_file()
+        learned = own.get("options", {}).get("dataset")
+        if all_rows and learned and local_path(learned).resolve() == local_path(dataset).resolve():
+            notes.append("the model was trained on most of these rows; leave out --dataset")
+            logger.warning("note: %s", notes[-1])
     rows = predictor.encode(part.texts, progress="encoding")
     started = time.perf_counter()
-    logits = predictor.logits(rows, progress="evaluating")
+    logits = predictor.logits_of_rows(rows, progress="evaluating")
     result = {
-        "dataset": options.dataset,
+        "dataset": dataset,
         "data_source": source,
-        "split": "all rows" if local_path(options.dataset).is_file() else options.split,
+        "split": "all rows" if all_rows else options.split,
         "notes": notes,
         "model": options.model,
         "precision": predictor.precision,
@@ -87,6 +94,41 @@ def evaluate_text(options: EvaluateOptions) -> dict[str, Any]:
             },
         )
     return result
+
+
+def _own_split(
+    options: EvaluateOptions, metrics: dict[str, Any], label_names: Sequence[str]
+) -> tuple[str, Split, str, list[str]]:
+    """A split of what a run was trained on: the data set, the split, where it was found, notes.
+
+    Args:
+        metrics: of the run.
+        label_names: of its model.
+    """
+    from nin_text.data import load_text_dataset
+    from nin_text.splits import subset
+
+    learned = metrics.get("options")
+    if not isinstance(learned, dict) or not isinstance(learned.get("dataset"), str):
+        raise UserError(
+            f"{options.model} is no run that tells what it was trained on; name --dataset"
+        )
+    kinds: dict[str, type] = dict.fromkeys(("dataset_config", "text_column", "label_column"), str)
+    kinds |= {"drop_empty": bool, "limit": int, "labelled": int}
+    found = ((name, learned.get(name), kind) for name, kind in kinds.items())
+    arguments: dict[str, Any] = {n: value for n, value, kind in found if isinstance(value, kind)}
+    name = learned["dataset"]
+    dataset = load_text_dataset(name, data_dir=options.data_dir, **arguments)
+    before = metrics.get("labelled_fingerprint")
+    if dataset.label_names != list(label_names) or before not in (None, dataset.fingerprint()):
+        raise UserError(
+            f"{name} has changed since {options.model} was trained on it, so that its test split "
+            f"is gone; name data with --dataset"
+        )
+    part = dataset.splits["test" if options.split == dataset.tested_on else options.split]
+    if options.limit is not None:
+        part = subset(part, options.limit)
+    return name, part, dataset.source, dataset.notes
 
 
 # ---- predicting --------------------------------------------------------------------------------
@@ -124,8 +166,14 @@ class PaddedPredictor:
 
         return encode(self.tokenizer, texts, self.max_length, progress=progress)
 
-    def logits(self, rows: Sequence[np.ndarray], progress: str | None = None) -> np.ndarray:
+    def logits(self, texts: Sequence[str]) -> np.ndarray:
+        """(n, K) float32 logits, whose softmax `predict_proba` gives."""
+        return self.logits_of_rows(self.encode(texts))
+
+    def logits_of_rows(self, rows: Sequence[np.ndarray], progress: str | None = None) -> np.ndarray:
         """(n, K) float32 logits of encoded texts; batches are of texts of similar length."""
+        if not len(rows):
+            return np.zeros((0, len(self.label_names)), dtype=np.float32)
         return predict_logits(
             self.model,
             rows,
@@ -136,8 +184,8 @@ class PaddedPredictor:
         )
 
     def predict_proba(self, texts: Sequence[str]) -> np.ndarray:
-        """(n, K) class probabilities."""
-        return softmax(self.logits(self.encode(texts)))
+        """(n, K) float32 class probabilities."""
+        return softmax(self.logits(texts)).astype(np.float32)
 
     def fingerprint(self) -> str:
         """A hash of weights, configuration and tokenizer, wherever they lie."""

@@ -103,11 +103,13 @@ class Learner:
         the few steps there are go into unlearning it. Many labels make up for that.
 
         Args:
-            rows, labels, sample_weight: see `probe.fit_head`.
+            rows, labels, sample_weight: see `probe.fit_head`; nothing is done for several labels.
             out_of_fold: what `stages.fit_ngrams` returned; None without n-grams.
         """
-        if not self.new_head or len(rows) > stacking.FEW:
+        if not self.new_head or len(rows) > stacking.FEW or labels.ndim == 2:
             return
+        if sample_weight is not None:
+            sample_weight = sample_weight / sample_weight.mean()
         self.model.to(self.device)  # type: ignore[arg-type]
         probed = fit_head(self.nin, rows, labels, sample_weight)
         if probed is not None and out_of_fold is not None:
@@ -126,6 +128,8 @@ def learn(
     encoded: dict[str, EncodedTexts],
     texts: Mapping[str, Sequence[str]],
     teachers: Sequence[Teacher],
+    sample_weight: np.ndarray | None = None,
+    targets: np.ndarray | None = None,
 ) -> TextTrainer:
     """All stages of training; the trainer of the last one.
 
@@ -133,6 +137,9 @@ def learn(
         learner: its model is trained.
         encoded, texts: of each split but "test", and of "unsupervised" if it is to be learned from.
         teachers: may be none if their answers have been saved.
+        sample_weight: (n,) how often each training text counts; once if None.
+        targets: what the network learns of the training texts in place of their labels, and with
+            their weights: see `training.targets_of`.
     """
     options = learner.options
     learner.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -147,7 +154,7 @@ def learn(
             learner.device,
         )
     if options.ngrams:
-        out_of_fold = stages.fit_ngrams(learner.nin, labelled, learner.validation)
+        out_of_fold = stages.fit_ngrams(learner.nin, labelled, learner.validation, sample_weight)
         more = unlabelled and (options.pretrain_epochs or options.self_training_epochs)
         outside = (options.teacher, options.init_embeddings, saved_nin(options.model), more)
         learner.prior_scales = stages.prior_scales(
@@ -159,9 +166,11 @@ def learn(
             return _from_few_labels(learner, labelled, unlabelled, out_of_fold)
         if options.pretrain_epochs:
             rows = [*labelled.rows, *(unlabelled.rows if unlabelled else [])]
-            targets = choose_targets(stages.branch_of(learner.nin), labelled.rows)
-            learner.pretrain("pretraining", options.pretrain_epochs, rows, targets)
-    learner.probe_head(labelled.rows, labelled.labels, out_of_fold)
+            telling = choose_targets(stages.branch_of(learner.nin), labelled.rows)
+            learner.pretrain("pretraining", options.pretrain_epochs, rows, telling)
+    learner.probe_head(labelled.rows, labelled.labels, out_of_fold, sample_weight)
+    if targets is not None:
+        labelled = EncodedTexts(labelled.rows, targets)
     if opinions is not None:
         labelled, unlabelled = stages.distillation_targets(labelled, unlabelled, opinions), None
     if not options.self_training_epochs or not unlabelled:

@@ -31,12 +31,21 @@ from nin_text.configuration import (
 from nin_text.errors import UserError, in_one_line
 from nin_text.model_files import check_folder, check_weights, local_folder
 from nin_text.networks import BaselineForSequenceClassification
-from nin_text.options import CONFIG_FILE, PACKAGED, TrainOptions, model_folder, saved_nin
+from nin_text.options import (
+    CONFIG_FILE,
+    PACKAGED,
+    READY_MADE,
+    TrainOptions,
+    model_folder,
+    model_type,
+    saved_nin,
+)
 from nin_text.text import NiNTextForSequenceClassification, NiNTextModel
 from nin_text.tokenization import KINDS, cached_tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
+TO_TRAIN = (*PRESETS, *NETWORKS, *READY_MADE)  # besides models from outside
 MIN_BUCKETS, MAX_BUCKETS = 2**12, 2**22
 MAX_BUCKETS_TIMES_CLASSES = 2**25  # 128 MiB of weights
 # What architectures call the dropout of attention weights. It is turned off: with it, a CPU cannot
@@ -155,7 +164,7 @@ def packaged(name: str) -> str:
 def _from_outside(
     name: str, names: dict[str, Any]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    folder = local(packaged(name))
+    folder = local(packaged(name), TO_TRAIN)
     if not (Path(folder) / CONFIG_FILE).is_file():
         raise UserError(f"{name} is no model folder: it holds no config.json")
     try:
@@ -181,7 +190,7 @@ def _from_outside(
     except UserError:
         raise
     except Exception as error:
-        raise UserError(cannot_load(name, error)) from error
+        raise UserError(cannot_load(name, error, TO_TRAIN)) from error
     check_weights(model, name)
     tokenizer = load_tokenizer(folder)
     limit_length(tokenizer, config)
@@ -262,6 +271,11 @@ def load(
 def load_classifier(folder: str, *, multi_label: bool = False) -> PreTrainedModel:
     """`load` without the tokenizer."""
     folder = local(folder)
+    if model_type(folder) == "nin_image":
+        raise UserError(
+            f"{folder} classifies images; use it by transformers' "
+            f'pipeline("image-classification", model="{folder}")'
+        )
     if not (Path(folder) / CONFIG_FILE).is_file():
         raise UserError(
             f"{folder} is no model folder: it holds no config.json; give the output folder of a "
@@ -290,20 +304,21 @@ def load_classifier(folder: str, *, multi_label: bool = False) -> PreTrainedMode
     return model.eval()
 
 
-def local(name: str) -> str:
-    """The folder of a ready-made model, of a run, or of a download from the hub."""
+def local(name: str, ours: Sequence[str] = READY_MADE) -> str:
+    """The folder of a ready-made model, of a run, or of a download from the hub.
+
+    `ours` are names that would do instead.
+    """
     try:
         return local_folder(model_folder(name))
     except Exception as error:
-        raise UserError(cannot_load(name, error)) from error
+        raise UserError(cannot_load(name, error, ours)) from error
 
 
-def cannot_load(name: str, error: Exception) -> str:
-    reason = in_one_line(error)
-    ours = ", ".join([*PRESETS, *NETWORKS])
+def cannot_load(name: str, error: Exception, ours: Sequence[str] = READY_MADE) -> str:
     return (
-        f"no model could be loaded from {name!r} ({reason}); give one of {ours}, "
-        f"a model folder, or the id of a model on the Hugging Face hub"
+        f"no model could be loaded from {name!r} ({in_one_line(error)}); give one of "
+        f"{', '.join(ours)}, a model folder, or the id of a model on the Hugging Face hub"
     )
 
 

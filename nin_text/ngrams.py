@@ -340,7 +340,8 @@ def fit_naive_bayes_regression(
         if not is_label.any():  # no n-gram speaks for it, and it is at best as rare as this
             bias[label] = -np.log(len(labels) + 1)
             continue
-        if is_label.all():
+        if is_label.all():  # of many classes the others say as much; of two this is all there is
+            bias[label] = np.log(len(labels) + 1) if classes == 2 else 0.0
             continue
         weight[:, label], bias[label] = _fit_one(counts, is_label, c, smoothing, sample_weight)
     if classes == 2:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from nin_text.errors import UserError
-from nin_text.recipes import RECIPES
+from nin_text.recipes import DATASET_RECIPES, DEFAULT_RECIPE, MODEL_RECIPES
 
 METRICS_FILE = "metrics.json"  # of a run folder
 ESTIMATOR_FILE = "estimator.json"  # of the folder of a saved NiNTextClassifier
@@ -117,15 +117,17 @@ def option(help: str, default: Any = None, **argparse_arguments: Any) -> Any:  #
     return field(default=default, metadata={"help": help, **argparse_arguments})
 
 
+DATASET_HELP = (
+    "built-in corpus (demo_reviews, demo_topics), known name (imdb, ag_news, sst2, trec, "
+    "yelp_polarity, dbpedia_14, 20newsgroups, rotten_tomatoes), file, folder or hub id"
+)
+
+
 @dataclass
 class DataOptions:
     """Where the examples come from."""
 
-    dataset: str = option(
-        "built-in corpus (demo_reviews, demo_topics), known name (imdb, ag_news, sst2, trec, "
-        "yelp_polarity, dbpedia_14, 20newsgroups, rotten_tomatoes), file, folder or hub id",
-        "demo_reviews",
-    )
+    dataset: str = option(DATASET_HELP, "demo_reviews")
     dataset_config: str | None = option(
         "configuration of a hub data set that has several, such as sst2 of nyu-mll/glue",
         metavar="NAME",
@@ -182,7 +184,7 @@ class CommonOptions:
 class TrainOptions(CommonOptions, LearningOptions):
     """How a text classifier is trained.
 
-    What is None until `with_recipe` fills it in is left to the recipe (see RECIPES).
+    What is None until `with_recipe` fills it in is left to the recipe (see `recipes.py`).
     """
 
     model: str = option(
@@ -281,6 +283,9 @@ class EvaluateOptions(CommonOptions, DataOptions):
     """How a saved model is evaluated."""
 
     model: str = option(MODEL_HELP, required=True)
+    dataset: str | None = option(  # type: ignore[assignment]
+        f"{DATASET_HELP} (default: what the run was trained on, split as it was then)"
+    )
     split: str = option(
         "split to evaluate on; of a single file, all rows are used",
         "test",
@@ -445,6 +450,10 @@ def check(options: CommonOptions) -> None:
         for name in ("id_column", "keep_text", "resume", "overwrite", "engine", "ray_address"):
             if getattr(options, name) != PredictOptions.__dataclass_fields__[name].default:
                 raise UserError(f"--{name.replace('_', '-')} needs --output")
+    if isinstance(options, EvaluateOptions) and options.dataset is None:
+        for name in ("dataset_config", "text_column", "label_column", "drop_empty"):
+            if getattr(options, name):
+                raise UserError(f"--{name.replace('_', '-')} needs --dataset")
 
 
 def with_recipe(options: TrainOptions, examples: int) -> TrainOptions:
@@ -457,13 +466,13 @@ def with_recipe(options: TrainOptions, examples: int) -> TrainOptions:
             pieces of words: what a few texts say of a whole word, or of n-grams of words, tells
             little of others. N-grams of few texts are also smoothed less.
     """
-    recipe, most = dict(RECIPES["default"]), max(4, examples // MIN_BATCHES)
+    recipe, most = dict(DEFAULT_RECIPE), max(4, examples // MIN_BATCHES)
     recipe["batch_size"] = min(recipe["batch_size"], most)
     if is_nin(options.model):
-        preset = dict(RECIPES.get(_preset_of(options.model), {}))
+        preset = dict(MODEL_RECIPES.get(_preset_of(options.model), {}))
         if "batch_size" in preset:
             preset["batch_size"] = min(preset["batch_size"], most)
-        recipe |= RECIPES.get(options.dataset, {}) | preset
+        recipe |= DATASET_RECIPES.get(options.dataset, {}) | preset
         if options.ngrams == 0:
             recipe["pretrain_epochs"] = 0  # which predicts n-grams
         if options.model not in PRESET_NAMES:
@@ -471,9 +480,9 @@ def with_recipe(options: TrainOptions, examples: int) -> TrainOptions:
             recipe |= {"tokenizer": options.model, "pretrain_epochs": 0}  # there is an encoder
     else:
         _check_honoured(options)
-        recipe |= RECIPES[options.model if options.model in NETWORK_NAMES else "fine-tuning"]
+        recipe |= MODEL_RECIPES[options.model if options.model in NETWORK_NAMES else "fine-tuning"]
     # What suits many texts is too much for few.
-    most_smoothing = max(RECIPES["default"]["ngram_smoothing"], examples / TEXTS_A_COUNT)
+    most_smoothing = max(DEFAULT_RECIPE["ngram_smoothing"], examples / TEXTS_A_COUNT)
     recipe["ngram_smoothing"] = min(recipe["ngram_smoothing"], most_smoothing)
     if (options.tokenizer or recipe["tokenizer"]) != "word":
         recipe["vocab_size"] = min(recipe["vocab_size"], max(MIN_VOCABULARY, examples))
@@ -538,13 +547,12 @@ def saved_nin(folder: str) -> bool:
 
     The name of a preset means the preset, whatever folders there are.
     """
-    if folder in PRESET_NAMES:
-        return False
-    try:
-        text = (Path(model_folder(folder)) / "config.json").read_text(encoding="utf-8")
-        return bool(json.loads(text)["model_type"] == "nin_text")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return False
+    return folder not in PRESET_NAMES and model_type(folder) == "nin_text"
+
+
+def model_type(folder: str) -> str:
+    """What the config.json of a folder says it is; "" if there is none that can be read."""
+    return str(_facts(folder, CONFIG_FILE).get("model_type", ""))
 
 
 def _check_honoured(options: TrainOptions) -> None:

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from nin_text.device import pick_device, return_freed_memory, use_bf16
 from nin_text.errors import UserError, in_one_line
+from nin_text.evaluation import softmax
 from nin_text.hub import is_hub_id
 from nin_text.options import (
     CONFIG_FILE,
@@ -122,9 +123,7 @@ class Predictor:
 
     def predict_proba(self, texts: Iterable[str]) -> np.ndarray:
         """(n, K) float32 class probabilities."""
-        logits = self.logits(texts)
-        exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
-        return exponentials / exponentials.sum(axis=1, keepdims=True)
+        return softmax(self.logits(texts)).astype(np.float32)
 
     def logits(self, texts: Iterable[str]) -> np.ndarray:
         """(n, K) float32 logits, whose softmax `predict_proba` gives."""

@@ -101,13 +101,16 @@ def start(work: Callable[..., Any], options: CommonOptions, *arguments: Any) -> 
     process = CONTEXT.Process(target=_run, args=(work, there, options, *arguments))
     # Ctrl-C reaches the children as well. They ignore it from their first moment: it is this
     # process that ends them.
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread:  # no other may say what a signal does
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         process.start()
     except OSError as error:  # it died while its arguments were handed over
         raise UserError(f"a process could not be started ({error})") from error
     finally:
-        signal.signal(signal.SIGINT, handler)
+        if in_main_thread:
+            signal.signal(signal.SIGINT, handler)
     there.close()
     return Child(process, here)
 

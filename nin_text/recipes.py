@@ -19,30 +19,30 @@ _FROM_SCRATCH: dict[str, Any] = {
     "tokenizer": "word",
 }
 
-# Values of the options of `TrainOptions` by those names. The first entry applies to every model.
-# For NiN presets a data set's own entry overrides it, and then the preset's; for other models, that
-# of the network's name or "fine-tuning" does.
-RECIPES: dict[str, dict[str, Any]] = {
-    "default": {
-        "epochs": 8,
-        "learning_rate": 1e-3,
-        "weight_decay": 0.1,
-        "warmup": 0.06,
-        "batch_size": 64,
-        "batch_tokens": 16_384,
-        "tokenizer": "wordpiece",
-        "vocab_size": 30_000,
-        "max_length": 0,
-        "ema_decay": 0.99,
-        "patience": 3,
-        "label_smoothing": 0.0,
-        "ngrams": 3,
-        "ngram_smoothing": 0.5,
-        "pretrain_epochs": 4,
-        "pretrain_learning_rate": 2e-3,
-        "mlm_probability": 0.0,
-        "self_training_epochs": 2,
-    },
+# Values of the options of `TrainOptions` by those names.
+DEFAULT_RECIPE: dict[str, Any] = {
+    "epochs": 8,
+    "learning_rate": 1e-3,
+    "weight_decay": 0.1,
+    "warmup": 0.06,
+    "batch_size": 64,
+    "batch_tokens": 16_384,
+    "tokenizer": "wordpiece",
+    "vocab_size": 30_000,
+    "max_length": 0,
+    "ema_decay": 0.99,
+    "patience": 3,
+    "label_smoothing": 0.0,
+    "ngrams": 3,
+    "ngram_smoothing": 0.5,
+    "pretrain_epochs": 4,
+    "pretrain_learning_rate": 2e-3,
+    "mlm_probability": 0.0,
+    "self_training_epochs": 2,
+}
+
+# What differs for a model, whatever it learns; "fine-tuning" is for all that are not named.
+MODEL_RECIPES: dict[str, dict[str, Any]] = {
     "fine-tuning": {
         **_LABELS_ALONE,
         "epochs": 3,
@@ -67,6 +67,10 @@ RECIPES: dict[str, dict[str, Any]] = {
     "transformer": {**_FROM_SCRATCH, "max_length": 512},
     "mlpconv-fc": _FROM_SCRATCH,
     "cnn-fc": _FROM_SCRATCH,
+}
+
+# What differs for NiN presets on a data set, unless the preset's own recipe says otherwise.
+DATASET_RECIPES: dict[str, dict[str, Any]] = {
     "demo_reviews": {"epochs": 10},
     "demo_topics": {"epochs": 10},
     # Smoothing: on reviews of other films, see docs/experiments.md; validation shares the films.

@@ -217,7 +217,7 @@ def model_card(metrics: dict[str, Any]) -> str:
 | test | {test["n"]:,} | {test["accuracy"]:.4f} | {test["macro_f1"]:.4f} \
 | {test["log_loss"]:.4f} | {test["calibration_error"]:.4f} |
 
-95 % interval of the test accuracy (bootstrap over test examples, one training run):
+95 % interval of the test accuracy (Wilson's, of the test examples alone, one training run):
 {low:.4f} to {high:.4f}. The model was chosen on the validation split; the test split was read
 once, at the end.
 

@@ -32,7 +32,7 @@ from nin_text.evaluation import batches_by_length, pad, predict_logits
 from nin_text.inference import PaddedPredictor
 from nin_text.options import PACKAGED, PRESET_NAMES, PredictOptions, model_folder
 from nin_text.predictor import Predictor
-from nin_text.recipes import RECIPES
+from nin_text.recipes import DEFAULT_RECIPE
 from nin_text.text import NiNTextForSequenceClassification
 from nin_text.tokenization import cached_tokenizer, encode
 
@@ -68,7 +68,7 @@ def _tokenizer(dataset: TextDataset) -> PreTrainedTokenizerFast:
     return cached_tokenizer(
         dataset.splits["train"].texts[:TOKENIZER_TEXTS],
         kind="wordpiece",
-        vocab_size=RECIPES["default"]["vocab_size"],
+        vocab_size=DEFAULT_RECIPE["vocab_size"],
         lowercase=True,
     )
 
@@ -89,7 +89,7 @@ def _random(name: str, classes: int, vocab_size: int) -> NiNTextForSequenceClass
         vocab_size=vocab_size,
         id2label=dict(enumerate(names)),
         label2id={name: i for i, name in enumerate(names)},
-        ngram_size=RECIPES["default"]["ngrams"],
+        ngram_size=DEFAULT_RECIPE["ngrams"],
         ngram_buckets=max(
             models.MIN_BUCKETS,
             min(BUCKETS, models.MAX_BUCKETS_TIMES_CLASSES >> classes.bit_length()),
@@ -118,7 +118,7 @@ def training_step(
     """
     model: Any = models.load_classifier(str(folder)).to(predictor.device).train()  # type: ignore[arg-type]
     ids, lengths = predictor.tokenizer.encode(texts)
-    count = int(np.searchsorted(lengths.cumsum(), RECIPES["default"]["batch_tokens"])) or 1
+    count = int(np.searchsorted(lengths.cumsum(), DEFAULT_RECIPE["batch_tokens"])) or 1
     rows = np.split(ids, lengths.cumsum())[:count]
     input_ids, mask = (tensor.to(predictor.device) for tensor in pad(rows, 0))
     labels = torch.arange(count, device=predictor.device) % model.config.num_labels

@@ -58,20 +58,28 @@ def branch_of(model: NiNTextForSequenceClassification) -> ngrams.NGramEvidence:
 
 
 def fit_ngrams(
-    model: NiNTextForSequenceClassification, train: EncodedTexts, validation: EncodedTexts
+    model: NiNTextForSequenceClassification,
+    train: EncodedTexts,
+    validation: EncodedTexts,
+    sample_weight: np.ndarray | None = None,
 ) -> np.ndarray | None:
     """Fit the n-gram branch to the training split; what it can do alone is logged.
+
+    Args:
+        model: has the branch.
+        train, validation: the splits.
+        sample_weight: (n,) how often each text of the training split counts; once if None.
 
     Returns:
         (n, K) logits of the training split by branches that did not see the text in question, see
         `ngrams.out_of_fold_logits`.
     """
     branch, weights = branch_of(model), model.config.class_weights
-    ngrams.fit(branch, train.rows, train.labels, weights)
+    ngrams.fit(branch, train.rows, train.labels, weights, sample_weight)
     logits = ngrams.predict(branch, validation.rows)
     right = logits.argmax(axis=1) == validation.labels
     logger.info("n-gram evidence alone: validation accuracy %.4f", right.mean())
-    return ngrams.out_of_fold_logits(branch, train.rows, train.labels, weights)
+    return ngrams.out_of_fold_logits(branch, train.rows, train.labels, weights, sample_weight)
 
 
 def prior_scales(

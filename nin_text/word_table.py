@@ -41,7 +41,10 @@ KEY_BYTES = 15  # longest word of the table; the sixteenth byte of its key is th
 _LOW_BYTES = np.array([2 ** (8 * n) - 1 for n in range(9)], dtype="<u8")
 _MIX = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)
 SLOTS = 2**15  # of an empty table; it doubles when half full
-MAX_WORDS = 2**18  # a table with so many is emptied: 30 MB at most
+MAX_WORDS = 2**18  # a table with so many is emptied,
+MAX_BYTES = 2**24  # and one whose ids and words without a key take so many
+LONG_WORDS = 48  # bytes, in the mean, of words of other scripts that are not worth looking up:
+# those of a script without spaces, of which each is new
 CHUNK_BYTES = 2**18  # looked at together, so that memory stays bounded and near
 
 
@@ -66,6 +69,7 @@ class WordTable:
         # Rows of the table: both halves of the key, and the number of the word; -1 if empty.
         self.slots = _empty(SLOTS)
         self.odd: dict[bytes, int] = {}  # words that have no key: number of each
+        self.odd_bytes = 0  # that they are spelled with
         self.first = np.zeros(1, dtype=np.int64)  # (words + 1,): where the ids of each begin
         self.pieces = np.zeros(0, dtype=np.int32)  # ids of all words, end to end
 
@@ -115,11 +119,13 @@ class WordTable:
     def _encode(self, chunk: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
         """The ids of the parts of a chunk, end to end, and how many each has."""
         data = b"\n".join(chunk) + b"\n" * (KEY_BYTES + 2)  # keys may be read beyond the last word
-        starts, ends, odd = self._words(data)  # (W,) each
+        if (found := self._words(data)) is None:
+            return self._without_table(chunk)
+        starts, ends, odd = found  # (W,) each
         with self.lock:
             words = self._look_up(data, starts, ends, odd)  # (W,)
             first, pieces = self.first, self.pieces
-            if len(first) > MAX_WORDS:
+            if len(first) > MAX_WORDS or self.odd_bytes + pieces.nbytes > MAX_BYTES:
                 self._clear()
         begin = first[words]
         counts = first[words + 1] - begin  # (W,)
@@ -130,17 +136,28 @@ class WordTable:
         ends_of_parts = np.cumsum([len(part) + 1 for part in chunk])
         return ids, np.diff(total[np.searchsorted(starts, ends_of_parts)], prepend=0)
 
-    def _words(self, data: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Where the words are: (W,) starts, ends, and whether the word has no key."""
+    def _without_table(self, chunk: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """`_encode` by the tokenizer itself."""
+        texts = [part.decode() for part in chunk]
+        rows = [e.ids for e in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        return np.array([i for row in rows for i in row], np.int32), np.array(list(map(len, rows)))
+
+    def _words(self, data: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+        """Where the words are: (W,) starts, ends, and whether the word has no key.
+
+        None if the words are not worth looking up.
+        """
         kinds = np.frombuffer(bytearray(data.translate(_CLASSES)), dtype=np.uint8)  # (L,)
-        odd_bytes = [match.start() for token in self.special for match in _find(token, data)]
-        if not data.isascii():
-            odd_bytes += np.flatnonzero(kinds == OTHER).tolist()
-        if odd_bytes:
+        special = [match.start() for token in self.special for match in _find(token, data)]
+        kinds[special] = OTHER
+        if special or not data.isascii():
             # Letters of other scripts may change or split when they are normalized, and so may
             # their neighbours: all from white space to white space is one word.
             spaces = np.flatnonzero(kinds == SPACE)
-            after = np.unique(np.searchsorted(spaces, odd_bytes))
+            odd_bytes = np.diff((kinds == OTHER).cumsum()[spaces], prepend=0)  # before each space
+            after = np.flatnonzero(odd_bytes)
+            if odd_bytes.sum() > LONG_WORDS * len(after):
+                return None
             before = np.where(after > 0, spaces[after - 1] + 1, 0)
             for start, end in zip(before.tolist(), spaces[after].tolist(), strict=True):
                 kinds[start:end] = OTHER
@@ -178,6 +195,7 @@ class WordTable:
             self._insert(low[places], high[places], np.arange(known, known + len(new)))
             known += len(new)
             self.odd.update(zip(new_odd, range(known, known + len(new_odd)), strict=True))
+            self.odd_bytes += sum(map(len, new_odd))
             words[unknown] = _find_slots(self.slots, low[unknown], high[unknown])
         words[odd_places] = [self.odd[word] for word in spelled]
         return words

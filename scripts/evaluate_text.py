@@ -6,7 +6,7 @@ from nin_text import cli
 from nin_text.options import EvaluateOptions
 
 EXAMPLES = """\
-  python scripts/evaluate_text.py --model runs/demo_reviews-nin-text-base-seed0
+  python scripts/evaluate_text.py --model runs/demo_reviews-nin-text-base-seed0  # its test split
   python scripts/evaluate_text.py --model runs/demo_reviews-nin-text-base-seed0 --split validation
   python scripts/evaluate_text.py --model runs/imdb-nin-text-base-seed0 --dataset rotten_tomatoes
   python scripts/evaluate_text.py --model runs/my.csv-nin-text-base-seed0 --dataset new.csv

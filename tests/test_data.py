@@ -84,6 +84,22 @@ def test_unlabelled_texts_are_read_only_if_asked_for(imdb: Path) -> None:
     assert again.fingerprint() == dataset.fingerprint()
 
 
+@pytest.mark.parametrize("columns", [("title", "content"), ("content", "topic")])
+def test_a_copy_of_a_known_set_is_read_as_the_hub_has_it_if_it_has_its_columns(
+    tmp_path: Path, columns: tuple[str, str]
+) -> None:
+    folder = tmp_path / "dbpedia_14"
+    folder.mkdir()
+    for split, n in (("train", 40), ("test", 8)):
+        table = {name: [f"{name} {i}" for i in range(n)] for name in columns}
+        pd.DataFrame({**table, "label": ["a", "b"] * (n // 2)}).to_csv(
+            folder / f"{split}.csv", index=False
+        )
+    dataset = load_text_dataset("dbpedia_14", data_dir=tmp_path)
+    expected = "title 0 content 0" if "title" in columns else "content 0"
+    assert dataset.splits["test"].texts[0] == expected
+
+
 def test_a_train_subset_is_said_to_be_one(tmp_path: Path) -> None:
     folder = tmp_path / "ag_news"
     folder.mkdir()

@@ -175,6 +175,15 @@ def test_partial_fit_learns_from_one_portion_after_the_other(data) -> None:
         classifier.partial_fit(["a text"], ["another label"])
 
 
+def test_a_learning_rate_that_is_set_between_portions_counts() -> None:
+    texts, y = ["good film", "bad film"], ["b", "a"]
+    classifier = NiNTextClassifier(**QUICK).partial_fit(texts, y, classes=["a", "b"])
+    before = {name: p.clone() for name, p in classifier.model_.named_parameters()}
+    classifier.set_params(learning_rate=1e-12, weight_decay=0.0).partial_fit(texts, y)
+    for name, parameter in classifier.model_.named_parameters():
+        assert torch.allclose(parameter, before[name], atol=1e-7), name
+
+
 def test_a_portion_without_weight_changes_nothing() -> None:
     classifier = NiNTextClassifier(**QUICK)
     with pytest.raises(UserError, match="weight of zero"):

@@ -416,6 +416,8 @@ def test_a_matrix_that_does_not_fit_into_memory_is_refused() -> None:
 def test_an_unknown_preset_names_those_that_there_are() -> None:
     with pytest.raises(ValueError, match="nin-cifar10"):
         NiNImageConfig.from_preset("nin-cifar11")
+    with pytest.raises(ValueError, match="NiNImageConfig has no hiden_dropout"):
+        NiNImageConfig.from_preset("nin-cifar10", hiden_dropout=0.1)
 
 
 def test_images_of_another_size_are_refused() -> None:

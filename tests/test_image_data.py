@@ -326,11 +326,19 @@ def test_odd_class_folders(tmp_path: Path) -> None:
         (tmp_path / "data" / name).mkdir()
     (tmp_path / "data" / ".ipynb_checkpoints" / "0.png").write_bytes(png(TRAIN[0]))
     (tmp_path / "data" / "bus" / "._0.png").write_bytes(b"of another system")
+    thumbnails = tmp_path / "data" / "train" / ".thumbnails" / "small"
+    thumbnails.mkdir(parents=True)
+    (thumbnails / "0.png").write_bytes(png(TRAIN[0]))
+    (tmp_path / "data" / "10" / "list.txt").write_text("of images")
+    (tmp_path / "data" / "backup.tar.gz").write_bytes(b"no archive, and none of our business")
     (tmp_path / "data" / "elsewhere").rmdir()
     (tmp_path / "data" / "elsewhere").symlink_to(tmp_path / "data" / "bus")
     data = load_image_dataset(str(tmp_path / "data"))
     assert data.label_names == ["10", "<b>Straße", "bus", "elsewhere", "train"]
     assert sum(map(len, data.splits.values())) == 75
+    assert f"{tmp_path / 'data' / 'empty'} holds no images: there is no such class" in data.notes
+    left_out = "1 files that are not read as images are left out (.txt)"
+    assert f"{tmp_path / 'data' / '10'}: {left_out}" in data.notes
     assert data.splits["test"].images.shape[1:] == (64, 64, 3)
 
 
@@ -554,6 +562,27 @@ def test_a_truncated_idx_file_is_said_to_be_one(zipped: bool, tmp_path: Path) ->
     cut(folder / f"train-images-idx3-ubyte{'.gz' * zipped}", 0)
     with pytest.raises(UserError, match="damaged"):
         load_image_dataset("mnist", data_dir=tmp_path)
+
+
+def test_splits_may_be_written_with_capitals(tmp_path: Path) -> None:
+    for i, image in enumerate(TRAIN):
+        split = ("Train", "Train", "TEST", "Val")[i % 4]
+        path = tmp_path / split / ("cats" if i % 3 else "dogs") / f"{i}.jfif"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.squeeze()).save(path, "JPEG")
+    data = load_image_dataset(str(tmp_path))
+    assert data.label_names == ["cats", "dogs"]
+    counts = {split: len(part) for split, part in data.splits.items()}
+    assert counts["train"] == 2 * counts["test"] == 2 * counts["validation"] == len(TRAIN) // 2
+
+
+def test_a_class_that_is_called_as_a_missing_label_is_refused(tmp_path: Path) -> None:
+    for name in ("nan", "pita"):
+        (tmp_path / name).mkdir()
+        for i in range(4):
+            (tmp_path / name / f"{i}.png").write_bytes(png(TRAIN[i]))
+    with pytest.raises(UserError, match=r"a class folder in .* is called nan"):
+        load_image_dataset(str(tmp_path))
 
 
 def test_what_cannot_be_found_is_said_with_what_to_do(tmp_path: Path) -> None:

@@ -27,6 +27,8 @@ from nin_text.image_training import (
     images_at_a_time,
     to_pixel_values,
 )
+from nin_text.inference import predict_text
+from nin_text.options import PredictOptions
 from nin_text.training import RunTrainer
 
 QUICK: dict[str, Any] = {"limit": 300, "epochs": 4, "batch_size": 32, "quiet": True}
@@ -95,6 +97,22 @@ def test_dropout_that_would_act_nowhere_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--dropout acts where maps are pooled.*nin-tutorial"):
         train_image(ImageTrainOptions(**options, output_dir=tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_what_small_images_do_not_admit(tmp_path: Path) -> None:
+    options = with_image_recipe(ImageTrainOptions(dataset="fashion_mnist", image_size=9))
+    assert options.erase == 3
+    assert with_image_recipe(ImageTrainOptions(dataset="fashion_mnist")).erase == 8
+    small = {**QUICK, "image_size": 4, "output_dir": tmp_path / "run"}
+    with pytest.raises(UserError, match="--batch-size 1 leaves batch normalization a single"):
+        train_image(ImageTrainOptions(**{**small, "batch_size": 1}))
+    with pytest.raises(UserError, match=r"cannot be built: erase must be in \[0, 4\), not 9$"):
+        train_image(ImageTrainOptions(**small, erase=9))
+
+
+def test_a_script_for_texts_says_that_it_is_a_network_for_images(run: Path) -> None:
+    with pytest.raises(UserError, match=r"classifies images; use it by .*image-classification"):
+        next(predict_text(PredictOptions(model=str(run), texts=["a text"])))
 
 
 def test_the_card_speaks_of_images(run: Path) -> None:

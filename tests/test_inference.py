@@ -15,8 +15,9 @@ from nin_text import NiNTextClassifier, Predictor, load_text_dataset
 from nin_text.errors import UserError
 from nin_text.evaluation import classification_metrics
 from nin_text.inference import evaluate_text, load_predictor, predict_text
-from nin_text.options import EvaluateOptions, PredictOptions
+from nin_text.options import EvaluateOptions, PredictOptions, TrainOptions
 from nin_text.run_folder import ANSWERS_FILE
+from nin_text.runs import train_text
 from nin_text.transfer import Teacher
 
 GOOD, BAD = "The plot is witty .", "The plot is not witty at all ."
@@ -55,7 +56,8 @@ def test_a_run_on_the_hub_answers_as_the_run_does(
     assert predict(Path("someone/model"), texts=texts) == predict(folder, texts=texts)
     losses = []
     for model, length in (("someone/model", None), (str(folder), 3), (str(folder), 0)):
-        evaluated = EvaluateOptions(model=model, limit=10, max_length=length)
+        data = {"dataset": "demo_reviews", "limit": 10}
+        evaluated = EvaluateOptions(model=model, max_length=length, **data)
         losses.append(evaluate_text(evaluated)["log_loss"])
         assert evaluated.max_length == length  # as given
     assert losses[0] == pytest.approx(losses[1], abs=1e-5) != losses[2]
@@ -116,6 +118,43 @@ def test_evaluating_repeats_the_figures_of_training(trained: Path, tmp_path: Pat
     written = json.loads((tmp_path / "evaluation.json").read_text())
     assert written["accuracy"] == result["accuracy"]
     assert (tmp_path / "evaluation.png").stat().st_size > 1000
+
+
+def test_a_run_is_evaluated_on_its_own_split_unless_data_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    texts = [f"{word} number {i}" for i in range(60) for word in ("good", "bad")]
+    data = tmp_path / "mine.csv"
+    frame = pd.DataFrame({"said": texts, "mood": ["up", "down"] * 60})
+    frame.to_csv(data, index=False)
+    names = {"text_column": "said", "label_column": "mood"}
+    summary = train_text(
+        TrainOptions(
+            dataset=str(data),
+            model="nin-text-small",
+            epochs=2,
+            quiet=True,
+            **names,
+            output_dir=tmp_path / "run",
+        )
+    )
+    run = str(tmp_path / "run")
+    own = evaluate_text(EvaluateOptions(model=run))
+    assert own["split"] == "test" and own["dataset"] == str(data) and own["n"] < 40
+    assert own["accuracy"] == summary["test_accuracy"]
+    assert evaluate_text(EvaluateOptions(model=run, limit=4))["n"] == 4
+    everything = evaluate_text(EvaluateOptions(model=run, dataset=str(data), **names))
+    assert everything["split"] == "all rows" and everything["n"] == 120
+    assert "was trained on most of these rows" in everything["notes"][-1]
+    assert everything["notes"][-1] in caplog.text
+    with pytest.raises(UserError, match="--text-column needs --dataset"):
+        evaluate_text(EvaluateOptions(model=run, text_column="said"))
+    frame.iloc[::-1].to_csv(data, index=False)
+    with pytest.raises(UserError, match=r"mine\.csv has changed since"):
+        evaluate_text(EvaluateOptions(model=run))
+    (tmp_path / "run" / "metrics.json").unlink()
+    with pytest.raises(UserError, match="run is no run that tells what it was trained on"):
+        evaluate_text(EvaluateOptions(model=run))
 
 
 def test_evaluating_into_the_run_folder_leaves_the_run_as_it_was(

@@ -22,7 +22,7 @@ from nin_text import (
 )
 from nin_text.errors import UserError
 from nin_text.options import TrainOptions, trained_max_length, with_recipe
-from nin_text.recipes import RECIPES
+from nin_text.recipes import DEFAULT_RECIPE
 from nin_text.runs import train_text
 from nin_text.tokenization import train_tokenizer
 
@@ -50,7 +50,7 @@ def test_ngrams_are_fitted_with_the_smoothing_asked_for(tmp_path: Path) -> None:
     models.save(model, tmp_path, "float32")
     tokenizer.save_pretrained(tmp_path)
     again, _ = build(model=str(tmp_path))  # everything but the encoder is new
-    assert again.ngrams.smoothing == RECIPES["default"]["ngram_smoothing"]
+    assert again.ngrams.smoothing == DEFAULT_RECIPE["ngram_smoothing"]
     assert again.ngrams.smoothing == NiNTextConfig().ngram_smoothing == ngrams.SMOOTHING
 
 

@@ -175,6 +175,15 @@ def test_fit_takes_any_number_of_classes() -> None:
     assert nothing.argmin() == 3  # a class that was never seen is the last to be guessed
 
 
+@pytest.mark.parametrize("label", [0, 1])
+def test_of_two_classes_the_only_one_seen_is_the_likelier(label: int) -> None:
+    rows = [np.array([5 + i % 3]) for i in range(30)]
+    branch = ngrams.NGramEvidence(1, BUCKETS, 2)
+    ngrams.fit(branch, rows, np.full(30, label))
+    logits = ngrams.predict(branch, rows)
+    np.testing.assert_allclose(logits[:, label] - logits[:, 1 - label], np.log(31), rtol=1e-5)
+
+
 def test_class_weights_shift_the_bias_towards_rare_classes() -> None:
     rows, labels = [np.array([7])] * 40, np.array([0] * 36 + [1] * 4)
     plain, weighted = ngrams.NGramEvidence(1, 64, 2), ngrams.NGramEvidence(1, 64, 2)

@@ -27,7 +27,7 @@ from nin_text.options import (
     saved_nin,
     with_recipe,
 )
-from nin_text.recipes import RECIPES
+from nin_text.recipes import DATASET_RECIPES, DEFAULT_RECIPE, MODEL_RECIPES
 from nin_text.run_folder import folder_of
 
 
@@ -63,10 +63,10 @@ def test_ngrams_of_many_reviews_are_smoothed_more_unless_told_otherwise() -> Non
 def test_the_recipe_fills_in_what_was_left_open_and_nothing_else() -> None:
     options = with_recipe(parse("--dataset", "imdb", "--batch-size", "7"), 25_000)
     assert options.batch_size == 7
-    assert options.epochs == RECIPES["imdb"]["epochs"]
-    assert options.weight_decay == RECIPES["default"]["weight_decay"]
+    assert options.epochs == DATASET_RECIPES["imdb"]["epochs"]
+    assert options.weight_decay == DEFAULT_RECIPE["weight_decay"]
     for spec in dataclasses.fields(options):
-        if spec.name in RECIPES["default"]:
+        if spec.name in DEFAULT_RECIPE:
             assert getattr(options, spec.name) is not None
 
 
@@ -130,24 +130,30 @@ def test_small_data_sets_get_fewer_pieces_of_words_but_as_many_words() -> None:
 
 def test_a_model_from_outside_gets_the_recipe_of_fine_tuning() -> None:
     options = with_recipe(parse("--dataset", "imdb", "--model", "some/model"), 25_000)
-    for name, value in RECIPES["fine-tuning"].items():
+    for name, value in MODEL_RECIPES["fine-tuning"].items():
         assert getattr(options, name) == value
 
 
 @pytest.mark.parametrize("name", NETWORK_NAMES)
 def test_a_network_gets_its_own_recipe_whatever_the_data_set(name: str) -> None:
     options = with_recipe(parse("--dataset", "imdb", "--model", name), 25_000)
-    for option, value in (RECIPES["default"] | RECIPES[name]).items():
+    for option, value in (DEFAULT_RECIPE | MODEL_RECIPES[name]).items():
         assert getattr(options, option) == value
     assert not options.ngrams and not options.pretrain_epochs and not options.self_training_epochs
 
 
+@pytest.mark.parametrize("name", ["bilstm", "fine-tuning", "nin-text-large", "default"])
+def test_data_that_is_called_as_a_model_is_gets_the_default_recipe(name: str) -> None:
+    named, other = (with_recipe(parse("--dataset", d), 25_000) for d in (name, "folder"))
+    assert dataclasses.replace(named, dataset="folder") == other
+
+
 def test_recipes_name_options_data_sets_and_presets_that_exist() -> None:
     names = {spec.name for spec in dataclasses.fields(TrainOptions)}
-    for recipe in RECIPES.values():
+    for recipe in (DEFAULT_RECIPE, *MODEL_RECIPES.values(), *DATASET_RECIPES.values()):
         assert set(recipe) <= names
-    models = {"default", "fine-tuning", *NETWORK_NAMES, *PRESET_NAMES}
-    assert set(RECIPES) - models <= {*KNOWN, *LABELS}
+    assert set(MODEL_RECIPES) <= {"fine-tuning", *NETWORK_NAMES, *PRESET_NAMES}
+    assert set(DATASET_RECIPES) <= {*KNOWN, *LABELS}
     assert tuple(PRESETS) == PRESET_NAMES
     assert tuple(NETWORKS) == NETWORK_NAMES
 

@@ -30,9 +30,8 @@ def model_of(classes: int, **changes: object) -> NiNTextForSequenceClassificatio
     torch.manual_seed(0)
     config = NiNTextConfig(
         vocab_size=50,
-        hidden_size=SIZE,
+        embedding_size=SIZE,
         block_channels=[[SIZE, SIZE]],
-        kernel_size=3,
         num_labels=classes,
         ngram_size=2,
         ngram_buckets=256,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -17,6 +18,11 @@ def test_a_childs_memory_is_its_own() -> None:
     child = processes.call(peak, CompareOptions(quiet=True))
     assert child < report.peak_memory_mb() - 200
     del ballast
+
+
+def test_it_can_be_started_from_any_thread() -> None:
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(processes.call, peak, CompareOptions(quiet=True)).result() > 0
 
 
 def peak(options: CompareOptions) -> float:

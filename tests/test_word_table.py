@@ -97,6 +97,27 @@ def test_long_texts_and_many_words_change_nothing(
     assert len(table.first) < 1000
 
 
+def test_text_without_spaces_does_not_fill_the_memory(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is one new long word after another: the tokenizer gets it, or the table is emptied."""
+    rng = np.random.default_rng(0)
+    long_words = ["".join(map(chr, rng.integers(0x4E00, 0x9FFF, 400))) for _ in range(200)]
+    monkeypatch.setattr(word_table, "CHUNK_BYTES", 2000)
+    monkeypatch.setattr(word_table, "MAX_BYTES", 20_000)
+    table = WordTable(tokenizer)
+    assert rows_of(table, long_words) == ids_of(tokenizer, long_words)
+    assert not table.odd
+    known = 0
+    for word in long_words:
+        text = f"{word} good {'é ' * 60} film"
+        assert rows_of(table, [text]) == ids_of(tokenizer, [text])
+        assert table.odd_bytes == sum(map(len, table.odd))
+        assert table.odd_bytes + table.pieces.nbytes <= 20_000
+        known = max(known, len(table.odd))
+    assert known > 2
+
+
 def test_threads_share_a_table(tokenizer: Tokenizer) -> None:
     expected = ids_of(tokenizer, REVIEWS)
     table, answers = WordTable(tokenizer), {}

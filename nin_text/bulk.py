@@ -53,6 +53,8 @@ def score_files(options: PredictOptions) -> dict[str, Any]:
     if options.engine == "ray":
         options = dataclasses.replace(options, device="cpu")
     scorer = Scorer(options)
+    # What "auto" means here, so that no part is scored otherwise, wherever and whenever it is.
+    options = dataclasses.replace(options, precision=scorer.predictor.precision)
     record = _record(options, files, scorer)
     rows = _open(options, output, record)
     if rows is not None:
@@ -146,12 +148,13 @@ def _check(options: PredictOptions) -> tuple[list[Path], Path]:
     for path in files[1:]:
         if not path.stat().st_size:
             raise UserError(f"{path} is empty")
+    without_rows = 0
     for path in files:
         try:
             next(readers.stream_texts(path, options.text_column, options.id_column))
-            break
-        except readers.NoRowsError:  # it will be passed over, unless it is the last
-            if path == files[-1]:
+        except readers.NoRowsError:  # it will be passed over
+            without_rows += 1
+            if without_rows == len(files):
                 raise
     return files, output
 
@@ -179,9 +182,10 @@ def _open(options: PredictOptions, output: Path, record: dict[str, Any]) -> int 
         before = _saved(manifest)
         for name, value in record.items():
             if before.get(name) != value:
+                other = "other inputs" if name == "inputs" else f"another {name.replace('_', ' ')}"
                 raise UserError(
-                    f"{output} was begun with another {name.replace('_', ' ')}: repeat the command "
-                    f"to resume it, or start anew with --overwrite"
+                    f"{output} was begun with {other}: repeat the command to resume it, or start "
+                    f"anew with --overwrite"
                 )
         if "rows" in before and output.is_file():
             return int(before["rows"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -223,6 +223,27 @@ def load_text_dataset(
         dataset = _without_labels(dataset, labelled, keep_texts=unsupervised)
     announce(name, raw.source, label_names, dataset.splits, notes)
     return dataset
+
+
+def load_data_of_run(metrics: Mapping[str, Any], **given: Any) -> TextDataset:
+    """The data set that a finished run was trained on, read and split as it was then.
+
+    Args:
+        metrics: of the run, see `options.run_metrics`.
+        given: arguments of `load_text_dataset` that come before the recorded ones, unless empty.
+
+    Raises:
+        UserError: if the metrics do not tell, or the data cannot be had.
+    """
+    recorded = metrics.get("options")
+    if not isinstance(recorded, dict) or not isinstance(recorded.get("dataset"), str):
+        raise UserError("it is no run that tells what it was trained on")
+    kinds: dict[str, type] = dict.fromkeys(("dataset_config", "text_column", "label_column"), str)
+    kinds |= {"drop_empty": bool, "limit": int, "labelled": int}
+    found = ((name, recorded.get(name), kind) for name, kind in kinds.items())
+    arguments: dict[str, Any] = {n: value for n, value, kind in found if isinstance(value, kind)}
+    arguments |= {name: value for name, value in given.items() if value}
+    return load_text_dataset(recorded["dataset"], **arguments)
 
 
 def load_split(

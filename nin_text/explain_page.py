@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 import unicodedata
 from collections.abc import Sequence
 from html import escape
@@ -20,7 +21,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from nin_text.evaluation import most_confident_mistakes, softmax
-from nin_text.explain import Explanation, explain
+from nin_text.explain import Explanation, explain, refuse_several_labels
 from nin_text.models import label_names
 from nin_text.text import NiNTextForSequenceClassification
 
@@ -36,7 +37,11 @@ MAX_PHRASES, PHRASE_CHARACTERS = 5, 80
 INTRODUCTION = (
     "Every answer is a sum: each token adds its evidence to the logit of each class. Shown is the "
     "evidence for a class beyond the mean of all classes, because what all classes share changes "
-    "no probability. The deepest shade is the strongest evidence in the text, for any class."
+    "no probability. The deepest shade is the strongest evidence in the text, for any class listed."
+)
+# Letters and marks by their kind, which is all that `isprintable` asks for, and drawn as nothing.
+NOT_DRAWN = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\uffa0\U000e0100-\U000e01ef]"
 )
 JOINERS = "\u200c\u200d"  # change how letters and emoji are drawn, but hide and reorder nothing
 
@@ -163,7 +168,9 @@ def explain_html(
 
     Raises:
         ValueError: if `truths` are not one index of a class for each text.
+        UserError: if the model answers with several labels.
     """
+    refuse_several_labels(model)
     texts = [texts] if isinstance(texts, str) else texts
     names = label_names(model)
     if truths is not None and (
@@ -226,11 +233,12 @@ def visible(text: str) -> str:
     Line breaks and tabs stay, other white space becomes a space; controls, bidirectional marks
     and whatever else is not drawn are written as their code points.
     """
-    return text if text.isprintable() else "".join(map(_visible, text))
+    plain = text.isprintable() and not NOT_DRAWN.search(text)
+    return text if plain else "".join(map(_visible, text))
 
 
 def _visible(c: str) -> str:
-    if c.isprintable() or c in "\n\t" or c in JOINERS:
+    if c in "\n\t" or c in JOINERS or (c.isprintable() and not NOT_DRAWN.match(c)):
         return c
     if (c.isspace() and unicodedata.category(c) != "Cc") or c in "\r\v\f":
         return " "

@@ -32,7 +32,7 @@ from transformers import PreTrainedTokenizerBase
 from nin_text import models, report
 from nin_text.blocks import pooling_weights
 from nin_text.configuration import MULTI_LABEL
-from nin_text.data import Split, load_split, load_text_dataset
+from nin_text.data import Split, load_data_of_run, load_split
 from nin_text.errors import UserError
 from nin_text.evaluation import batches_by_length, pad
 from nin_text.ngrams import NGramEvidence, ngram_buckets
@@ -366,6 +366,8 @@ def export_onnx(options: ExportOptions) -> dict[str, Any]:
         if not Path(options.model).is_dir():
             raise UserError(f"{options.model} is no local folder; say where to with --output-dir")
         folder = Path(options.model) / "onnx"
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output-dir {folder} is a file; name a folder")
     if (folder / CONFIG_FILE).exists():
         raise UserError(f"{folder} holds a model, which is kept; name another --output-dir")
     max_length = truncation(tokenizer, trained_max_length(run)).get("max_length")
@@ -463,25 +465,16 @@ def _validation_sample(
         return None
     else:
         try:
-            metrics = run_metrics(run)
-            if not metrics:
-                raise UserError("it has no metrics.json")
-            data = load_text_dataset(metrics["dataset"], **_recorded(metrics["options"], options))
-        except (UserError, OSError, ValueError, KeyError, TypeError) as error:
+            data = load_data_of_run(run_metrics(run), **options.arguments())
+        except UserError as error:
             logger.warning("note: the validation texts of the run are not to be had (%s)", error)
             return None
         if data.label_names != names:
-            logger.warning("note: %s has other classes than the model", metrics["dataset"])
+            logger.warning("note: %s has other classes than the model", data.name)
             return None
         part, source = data.splits["validation"], data.source
     order = np.random.default_rng(SPLIT_SEED).permutation(len(part))[:VALIDATION_TEXTS]
     return part.take(order.tolist()), source
-
-
-def _recorded(recorded: dict[str, Any], options: ExportOptions) -> dict[str, Any]:
-    """How the run read its data; what the user says now overrides it."""
-    given = options.arguments()
-    return {name: value or recorded.get(name, value) for name, value in given.items()}
 
 
 def _encoded(

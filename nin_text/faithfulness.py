@@ -14,6 +14,7 @@ import torch
 
 from nin_text.blocks import Rows
 from nin_text.evaluation import bootstrap_interval, predict_logits
+from nin_text.explain import refuse_several_labels
 from nin_text.text import NiNTextForSequenceClassification
 
 METHODS = ("evidence", "gradient_x_input", "gradient_norm", "random")
@@ -48,12 +49,15 @@ def deletion_test(
 
     Raises:
         ValueError: if no text has two tokens, or `most` is below one.
+        UserError: if the model answers with several labels.
     """
     if most < 1:
         raise ValueError(f"most must be at least one token to delete, not {most}")
     rows = [row for row in rows if len(row) > 1]
     if not rows:
         raise ValueError("no text has two tokens: there is nothing to delete")
+    refuse_several_labels(model)
+    was_training = model.training
     model.eval()
     generator = np.random.default_rng(seed)
     pad = model.config.pad_token_id or 0
@@ -94,6 +98,7 @@ def deletion_test(
         if name != "evidence":
             ahead, interval = mean_of(areas["evidence"] - areas[name])
             result[name] |= {"evidence_ahead": ahead, "evidence_ahead_interval_95": interval}
+    model.train(was_training)
     return result
 
 

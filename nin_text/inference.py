@@ -105,21 +105,15 @@ def _own_split(
         metrics: of the run.
         label_names: of its model.
     """
-    from nin_text.data import load_text_dataset
+    from nin_text.data import load_data_of_run
     from nin_text.splits import subset
 
-    learned = metrics.get("options")
-    if not isinstance(learned, dict) or not isinstance(learned.get("dataset"), str):
-        raise UserError(
-            f"{options.model} is no run that tells what it was trained on; name --dataset"
-        )
-    kinds: dict[str, type] = dict.fromkeys(("dataset_config", "text_column", "label_column"), str)
-    kinds |= {"drop_empty": bool, "limit": int, "labelled": int}
-    found = ((name, learned.get(name), kind) for name, kind in kinds.items())
-    arguments: dict[str, Any] = {n: value for n, value, kind in found if isinstance(value, kind)}
-    name = learned["dataset"]
-    dataset = load_text_dataset(name, data_dir=options.data_dir, **arguments)
-    before = metrics.get("labelled_fingerprint")
+    try:
+        dataset = load_data_of_run(metrics, data_dir=options.data_dir)
+    except UserError as error:
+        reason = f"{options.model} has no data of its own ({error})"
+        raise UserError(f"{reason}; name others with --dataset") from error
+    name, before = dataset.name, metrics.get("labelled_fingerprint")
     if dataset.label_names != list(label_names) or before not in (None, dataset.fingerprint()):
         raise UserError(
             f"{name} has changed since {options.model} was trained on it, so that its test split "
@@ -302,7 +296,7 @@ class _Explainer:
 
     def explain(self, text: str, answer: int) -> list[list[Any]]:
         """The tokens of a text, each with its evidence for the answer."""
-        from nin_text.explain import contrast, explain, to_terminal
+        from nin_text.explain import contrast, explain, printable, to_terminal
 
         predictor = self.predictor
         explanation = explain(self.model, predictor.tokenizer, text, predictor.max_length)
@@ -311,7 +305,7 @@ class _Explainer:
         else:
             colored = to_terminal(explanation, answer)
             name = predictor.label_names[answer]
-            print(f"{name}: {colored}", file=sys.stderr, flush=True)
+            print(f"{printable(name)}: {colored}", file=sys.stderr, flush=True)
         scores = contrast(explanation, answer)
         return [
             [explanation.text[start:end], round(float(score), 5)]

@@ -257,13 +257,40 @@ def test_resuming_into_something_else_is_refused(
         with pytest.raises(UserError, match=f"begun with another {name}:.*--overwrite"):
             score(model, source, output, resume=True, **options)
     write(source, TEXTS[1:])
-    with pytest.raises(UserError, match="begun with another inputs"):
+    with pytest.raises(UserError, match="begun with other inputs:"):
         score(trained, source, output, limit=10, resume=True)
     with pytest.raises(UserError, match="exists; replace it with --overwrite"):
         score(trained, source, output, limit=10)
     assert output.read_bytes() == content
     score(trained, source, output, limit=10, overwrite=True)
     assert output.read_bytes() != content
+
+
+def test_a_column_that_any_file_lacks_is_told_before_anything_is_written(
+    trained: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "in").mkdir()
+    for name, column in (("a", "text"), ("b", "body"), ("c", "nope")):
+        pd.DataFrame({column: TEXTS[:3]}).to_csv(tmp_path / "in" / f"{name}.csv", index=False)
+    with pytest.raises(UserError, match="cannot tell which column"):
+        score(trained, tmp_path / "in", tmp_path / "out.csv")
+    assert {path.name for path in tmp_path.iterdir()} == {"in"}
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_what_precision_auto_meant_at_first_is_kept_to(
+    trained: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, supported = tmp_path / "out.jsonl", "torch.cpu._is_avx512_bf16_supported"
+    monkeypatch.setattr(supported, lambda: False)
+    with monkeypatch.context() as patch:
+        patch.setattr(bulk, "join_parts", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            score(trained, source, output, precision="auto")
+    monkeypatch.setattr(supported, lambda: True)  # another machine
+    with pytest.raises(UserError, match="begun with another precision"):
+        score(trained, source, output, precision="auto", resume=True)
+    assert score(trained, source, output, precision="fp32", resume=True)["rows"] == len(TEXTS)
 
 
 @pytest.mark.usefixtures("small_parts")
@@ -395,13 +422,12 @@ def test_ray_gives_the_rows_of_the_local_engine_and_keeps_them_when_a_file_is_ba
     pytest.importorskip("ray.data")
     for i in range(3):
         write(tmp_path / f"in{i}.csv", TEXTS[i * 20 : i * 20 + 20])
-    (tmp_path / "in3.csv").write_text("text\nThe plot is dull .\na,b\n")
+    (tmp_path / "in3.csv").write_text("key,text\nk0,The plot is dull .\nk1,a,b\n")
     command = ["predict_text", "--model", trained, "--file", "in?.csv", "--id-column", "key"]
     command += ["--output", "out.jsonl", "--device", "cpu", "--quiet"]
     memory = {"RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": "80000000"}
-    # The column of ids is missing in the last file.
     complaint = script(*command, "--engine", "ray", **memory).complaint
-    assert "no column 'key'" in complaint
+    assert "in3.csv" in complaint and "has 3 fields" in complaint
     assert "60 rows are kept" in complaint
     kept = sorted((tmp_path / "out.jsonl.parts").glob("*.jsonl"))
     assert len(kept) == 3

@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nin_text import models
+from nin_text import NiNTextClassifier, deletion_test, explain_html, models
+from nin_text.errors import UserError
 from nin_text.explain import Explanation, contrast, explain, to_terminal
+from nin_text.tokenization import encode
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -65,6 +67,29 @@ def test_colours_leave_the_text_as_it_is() -> None:
     green, red = re.findall(r"48;2;(\d+);(\d+);(\d+)m", shown)
     assert int(green[1]) == 255 > int(green[0])
     assert int(red[0]) == 255 > int(red[1])
+
+
+def test_the_model_is_left_in_the_mode_it_was_in(classifier) -> None:
+    model, tokenizer = classifier
+    try:
+        explain(model.train(), tokenizer, "good film")
+        assert model.training and model.nin.training
+        deletion_test(model, encode(tokenizer, ["good film", "bad film"]), most=1)
+        assert model.training
+    finally:
+        model.eval()
+
+
+def test_several_labels_are_not_explained_as_one_answer() -> None:
+    texts = [f"{word} thing {i}" for i in range(20) for word in ("good", "bad")]
+    labels = np.array([[1, i % 2] for i in range(40)])
+    several = NiNTextClassifier("nin-text-small", epochs=1, random_state=0).fit(texts, labels)
+    model, tokenizer = several.model_, several.tokenizer_
+    assert explain(model, tokenizer, texts[0]).evidence.shape[1] == 2
+    with pytest.raises(UserError, match="several labels, each by itself"):
+        explain_html(model, tokenizer, texts[:1])
+    with pytest.raises(UserError, match="several labels, each by itself"):
+        deletion_test(model, encode(tokenizer, texts[:2]))
 
 
 def test_control_characters_of_a_text_cannot_reach_the_terminal() -> None:

@@ -188,6 +188,7 @@ def test_a_hostile_class_name_becomes_text(name: str) -> None:
 
 def test_what_hides_or_reorders_is_written_as_its_code_point() -> None:
     assert visible("a\u202eb\x00\u200b\ud800") == "a⟨U+202E⟩b⟨U+0000⟩⟨U+200B⟩⟨U+D800⟩"
+    assert visible("a\u3164b\u2800") == "a⟨U+3164⟩b⟨U+2800⟩"
     assert visible("a\tb\nc\r\u2028\u00a0d") == "a\tb\nc   d"
     for text in ("👩\u200d🚀", "مرحبا", "é漢字"):
         assert visible(text) == text

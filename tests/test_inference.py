@@ -153,7 +153,10 @@ def test_a_run_is_evaluated_on_its_own_split_unless_data_are_named(
     with pytest.raises(UserError, match=r"mine\.csv has changed since"):
         evaluate_text(EvaluateOptions(model=run))
     (tmp_path / "run" / "metrics.json").unlink()
-    with pytest.raises(UserError, match="run is no run that tells what it was trained on"):
+    with pytest.raises(
+        UserError,
+        match=r"it is no run that .*; name others with --dataset",
+    ):
         evaluate_text(EvaluateOptions(model=run))
 
 

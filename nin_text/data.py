@@ -206,23 +206,31 @@ def load_text_dataset(
     if "unsupervised" in splits:
         splits["unsupervised"] = _unlabelled(splits["unsupervised"].texts)
     splits = finish_splits(splits, label_names, notes, limit)
+    dataset = TextDataset(name, raw.source, label_names, splits, notes, tested_on)
+    _finish_unlabelled(dataset, unlabelled_file, text_column, limit)
+    if labelled is not None:
+        dataset = _without_labels(dataset, labelled, keep_texts=unsupervised)
+    announce(name, raw.source, label_names, dataset.splits, dataset.notes)
+    return dataset
+
+
+def _finish_unlabelled(
+    dataset: TextDataset, file: Path | None, text_column: str | None, limit: int | None
+) -> None:
+    """Leave out of the unlabelled texts those that are judged by, and add those of a file."""
+    splits = dataset.splits
     known = {text for split in ("validation", "test") for text in splits[split].texts}
-    if "unsupervised" in splits and name not in KNOWN:  # those are learned from as published
+    if "unsupervised" in splits and dataset.name not in KNOWN:  # which are taken as published
         texts = splits["unsupervised"].texts
         splits["unsupervised"] = _unlabelled([text for text in texts if text not in known])
         if left_out := len(texts) - len(splits["unsupervised"]):
-            notes.append(f"{left_out:,} unlabelled texts are left out: they are judged by")
-    if unlabelled_file is not None:
-        more = _read_unlabelled(unlabelled_file, text_column, known)
+            dataset.notes.append(f"{left_out:,} unlabelled texts are left out: they are judged by")
+    if file is not None:
+        more = _read_unlabelled(file, text_column, known)
         before = splits.get("unsupervised", Split([], [])).texts
         splits["unsupervised"] = _unlabelled([*before, *more])
         if limit is not None:
             splits["unsupervised"] = subset(splits["unsupervised"], limit)
-    dataset = TextDataset(name, raw.source, label_names, splits, notes, tested_on)
-    if labelled is not None:
-        dataset = _without_labels(dataset, labelled, keep_texts=unsupervised)
-    announce(name, raw.source, label_names, dataset.splits, notes)
-    return dataset
 
 
 def load_data_of_run(metrics: Mapping[str, Any], **given: Any) -> TextDataset:
@@ -346,8 +354,8 @@ def _without_labels(dataset: TextDataset, size: int, *, keep_texts: bool) -> Tex
             [*small.splits.get("unsupervised", Split([], [])).texts, *others]
         )
         what = f"the texts of the other {most - size:,} are used without theirs"
-    small.notes.append(f"the labels of {size:,} of {most:,} examples are used; {what}")
-    return small
+    note = f"the labels of {size:,} of {most:,} examples are used; {what}"
+    return replace(small, notes=[*small.notes, note])
 
 
 def _order(split: Split) -> list[int]:

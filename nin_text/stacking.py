@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
 LEAST_SCALE = 0.01
 PRIOR_STRENGTH = 30.0  # of `cautious_scales`
@@ -77,11 +75,13 @@ def cautious_scales(
     They do if they are more than 20 times (e to the 3rd) as likely with a weak one. Chance alone
     rarely brings that about: two factors fitted to noise gain about one on average.
     """
+    from scipy.special import log_softmax
+
     pulled = best_scales(parts, labels, prior, PRIOR_STRENGTH)
     free = best_scales(parts, labels, prior)
 
     def loss(scales: np.ndarray) -> float:
-        logits = torch.from_numpy(np.tensordot(scales, np.stack(parts), 1))  # (n, K)
-        return float(F.cross_entropy(logits, torch.from_numpy(labels).long(), reduction="sum"))
+        logits = np.tensordot(scales, np.stack(parts).astype(np.float64), 1)  # (n, K)
+        return -float(log_softmax(logits, axis=1)[np.arange(len(labels)), labels].sum())
 
     return free if loss(pulled) - loss(free) > 3 else pulled

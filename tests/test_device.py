@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nin_text.device import keep_freed_memory, pick_device, use_bf16
+from nin_text.device import pick_device, use_bf16
 from nin_text.errors import UserError
 
 
@@ -22,8 +22,3 @@ def test_precision_is_what_was_asked_for() -> None:
     assert use_bf16("bf16", cpu)
     assert not use_bf16("fp32", cpu)
     assert use_bf16("auto", cpu) == torch.cpu._is_avx512_bf16_supported()
-
-
-def test_keeping_freed_memory_is_harmless_everywhere() -> None:
-    keep_freed_memory()
-    assert torch.ones(1000, 1000).sum() == 1_000_000

@@ -233,16 +233,15 @@ def test_tokens_are_words_and_marks() -> None:
     [
         ("no-such-model", "tfidf-svm"),
         ("architecture:gpt-17", "bert-base"),
-        ("frozen:no/such", "frozen"),
+        ("frozen:no/such", "no model could be loaded from 'no/such'"),
         ("", "empty name"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_in_a_sentence(
     spec: str, words: str, topics: TextDataset, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match=r"\w") as refused:
+    with pytest.raises(UserError, match=words):
         create(spec, compare_options()).fit(topics, tmp_path)
-    assert words in str(refused.value) or "no model could be loaded" in str(refused.value)
 
 
 def test_absent_fasttext_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -184,9 +184,10 @@ def load_text_dataset(
             table = read()
             if split == "train":
                 rows = len(next(iter(table.values()), ()))
-                if raw.is_copy and text_column is None and not set(raw.text_columns) <= set(table):
+            if raw.is_copy and split != "unsupervised":
+                if text_column is None and not set(raw.text_columns) <= set(table):
                     texts_from = None
-                if raw.is_copy and usual_column and label_column not in table:
+                if usual_column and label_column not in table:
                     label_column = None
             columns[split] = _columns(table, split, texts_from, label_column, drop_empty, notes)
             if label_column is None and split != "unsupervised":

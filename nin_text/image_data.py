@@ -350,8 +350,8 @@ def _images_of(classes: Path, notes: list[str]) -> list[Path]:
     images = [path for path in files if path.suffix.lower() in SUFFIXES]
     if len(images) < len(files):
         others = sorted({path.suffix.lower() or path.name for path in files} - {*SUFFIXES})
-        left_out = f"{len(files) - len(images)} files that are not read as images"
-        notes.append(f"{classes}: {left_out} are left out ({', '.join(others[:5])})")
+        count = len(files) - len(images)
+        notes.append(f"{classes}: other files are left out: {count} ({', '.join(others[:5])})")
     if not images:
         notes.append(f"{classes} holds no images: there is no such class")
     return images

@@ -103,6 +103,14 @@ def test_texts_of_one_token_are_left_out() -> None:
     assert len(LongEnoughTexts([np.array([3]), np.array([3, 4])])) == 1
 
 
+def test_at_first_each_target_is_as_likely_as_it_is_frequent() -> None:
+    targets = choose_targets(fitted_branch(), texts())
+    model = TwoViewModel(NiNTextModel(NiNTextConfig(vocab_size=VOCABULARY)), targets)
+    expected = targets.share.astype(np.float64) * targets.weight
+    exact = torch.from_numpy(np.log(expected / expected.sum())).float()
+    assert torch.equal(model.predict.bias, exact)  # to the bit, however many threads there are
+
+
 def test_the_loss_is_a_weighted_mean_for_each_part() -> None:
     targets = choose_targets(fitted_branch(), texts())
     torch.manual_seed(0)

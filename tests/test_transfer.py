@@ -401,7 +401,10 @@ def test_a_run_does_not_write_over_its_own_teacher(tmp_path: Path, trained: Path
     with pytest.raises(UserError, match=r"--teacher is the folder that this run writes"):
         train_text(
             TrainOptions(
-                **QUICK, output_dir=tmp_path / "run", teacher=[str(tmp_path / "run" / ".")]
+                **QUICK,
+                output_dir=tmp_path / "run",
+                teacher=[str(tmp_path / "run" / ".")],
+                overwrite=True,
             )
         )
 

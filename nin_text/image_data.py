@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from nin_text.data import load_from_disk, local_path, places_of
 from nin_text.errors import UserError, in_one_line
 from nin_text.hub import is_hub_id, load_from_hub
 from nin_text.image_files import Files, Found, Splits, files_of, read_known_format
 from nin_text.readers import SPLIT_NAMES, pick_splits
+from nin_text.sources import load_from_disk, local_path, places_of
 from nin_text.splits import announce, finish_splits, label_indices, label_names_of, stratified
 
 logger = logging.getLogger(__name__)

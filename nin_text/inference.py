@@ -52,7 +52,8 @@ def evaluate_text(options: EvaluateOptions) -> dict[str, Any]:
         UserError: whatever the user can mend, in one sentence.
     """
     from nin_text import report
-    from nin_text.data import load_split, local_path
+    from nin_text.data import dataset_of_run, load_split
+    from nin_text.sources import local_path
 
     predictor = PaddedPredictor(options)
     names = predictor.label_names
@@ -63,7 +64,7 @@ def evaluate_text(options: EvaluateOptions) -> dict[str, Any]:
     else:
         part, source, notes = load_split(dataset, options.split, names, **options.arguments())
         all_rows = local_path(dataset).is_file()
-        learned = own.get("options", {}).get("dataset")
+        learned = dataset_of_run(own)
         if all_rows and learned and local_path(learned).resolve() == local_path(dataset).resolve():
             notes.append("the model was trained on most of these rows; leave out --dataset")
             logger.warning("note: %s", notes[-1])

@@ -43,7 +43,7 @@ from nin_text.options import (
 )
 from nin_text.packed import BlocksEncoder, FoldedBlock, PackedClassifier
 from nin_text.packed_files import read_packed
-from nin_text.word_table import WordTable, clean, cut_and_fill
+from nin_text.word_table import WordTable, clean, cut_and_fill, ids_end_to_end
 
 if TYPE_CHECKING:
     from nin_text.text import NiNTextForSequenceClassification
@@ -229,10 +229,7 @@ class PackedTokenizer:
         if self.words is not None:
             return cut_and_fill(*self.words.encode(texts, map_fn), self.limit, self.empty)
         cleaned = [clean(text) for text in texts]
-        rows = [encoding.ids for encoding in self.tokenizer.encode_batch_fast(cleaned)]
-        lengths = np.array([len(row) for row in rows], dtype=np.int64)
-        ids = np.array([i for row in rows for i in row], dtype=np.int32)
-        return cut_and_fill(ids, lengths, None, self.empty)
+        return cut_and_fill(*ids_end_to_end(self.tokenizer, cleaned), None, self.empty)
 
 
 # ---- reading what was saved ----------------------------------------------------------------------

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from huggingface_hub import EvalResult, ModelCardData
 
-from nin_text import data, image_data
+from nin_text import image_data, sources
 from nin_text.options import METRICS_FILE as METRICS_FILE
 
 LIBRARIES = "nin-text torch transformers datasets tokenizers scikit-learn accelerate numpy".split()
@@ -292,7 +292,8 @@ def _card_data(metrics: dict[str, Any], name: str) -> ModelCardData:
 
 def _hub_id(metrics: dict[str, Any]) -> str | None:
     """The data set's id on the hub, though a local copy of it may have been read."""
-    known, name = image_data.KNOWN if _kind(metrics) == "image" else data.KNOWN, metrics["dataset"]
+    name = metrics["dataset"]
+    known: Any = image_data.KNOWN if _kind(metrics) == "image" else sources.KNOWN
     if name in known:
         return str(known[name].hub_id)
     return str(name) if metrics["data_source"].startswith("hub:") else None

@@ -33,10 +33,7 @@ RUN_FILES = (
     *(report.CLASS_MAPS_FILE, "README.md", "curves.png", "confusion.png"),
 )
 # Options that do not change what is trained: a resumed run may differ in them.
-INCIDENTAL = (
-    *("data_dir", "device", "explain", "output_dir"),
-    *("overwrite", "quiet", "resume", "verbose"),
-)
+INCIDENTAL = set("data_dir device explain output_dir overwrite quiet resume verbose".split())
 # Values of options that came later, in runs from before. Any other was off.
 BEFORE = {"ngram_smoothing": 0.5}
 SUMMARY = (
@@ -80,7 +77,7 @@ def check_free(folder: Path, record: dict[str, Any], options: Any) -> None:
         raise UserError(
             f"{folder} holds an unfinished run; go on with --resume, or start anew with --overwrite"
         )
-    before = run_metrics(str(folder)).get("options")
+    before = _metrics(folder).get("options")
     if isinstance(before, dict):
         difference = _difference(before, record)
         held = difference and f"a finished run with {difference}"
@@ -147,14 +144,18 @@ def finished_run(
 ) -> dict[str, Any] | None:
     """The summary of a run of these options that came to its end, None otherwise."""
     try:
-        metrics = json.loads((folder / report.METRICS_FILE).read_text(encoding="utf-8"))
+        metrics = _metrics(folder)
         if _difference(metrics["options"], record) or metrics["label_names"] != list(label_names):
             return None
         finished = summary(metrics, folder)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return None
     logger.info("%s is a finished run; nothing is left to do", folder)
     return finished
+
+
+def _metrics(folder: Path) -> dict[str, Any]:
+    return run_metrics(str(folder.absolute()))  # which is the name of no ready-made model
 
 
 @contextmanager

@@ -139,8 +139,7 @@ class WordTable:
     def _without_table(self, chunk: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
         """`_encode` by the tokenizer itself."""
         texts = [part.decode() for part in chunk]
-        rows = [e.ids for e in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-        return np.array([i for row in rows for i in row], np.int32), np.array(list(map(len, rows)))
+        return ids_end_to_end(self.tokenizer, texts, add_special_tokens=False)
 
     def _words(self, data: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
         """Where the words are: (W,) starts, ends, and whether the word has no key.
@@ -202,13 +201,9 @@ class WordTable:
 
     def _tokenize(self, words: list[bytes]) -> None:
         """Ask the tokenizer for the ids of new words."""
-        encoded = self.tokenizer.encode_batch_fast(
-            [word.decode() for word in words], add_special_tokens=False
-        )
-        ids = [encoding.ids for encoding in encoded]
-        counts = np.array([len(word) for word in ids], dtype=np.int64)
+        texts = [word.decode() for word in words]
+        flat, counts = ids_end_to_end(self.tokenizer, texts, add_special_tokens=False)
         self.first = np.concatenate([self.first, self.first[-1] + counts.cumsum()])
-        flat = np.array([i for word in ids for i in word], dtype=np.int32)
         self.pieces = np.concatenate([self.pieces, flat])
 
     def _insert(self, low: np.ndarray, high: np.ndarray, words: np.ndarray) -> None:
@@ -218,6 +213,16 @@ class WordTable:
             self.slots = _empty(2 * len(self.slots))
             _fill(self.slots, old[:, 0].view("<u8"), old[:, 1].view("<u8"), old[:, 2])
         _fill(self.slots, low, high, words)
+
+
+def ids_end_to_end(
+    tokenizer: Tokenizer, texts: Sequence[str], *, add_special_tokens: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+    """What a tokenizer says: ids of B texts end to end (N,) int32, how many each has (B,) int64."""
+    encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+    rows = [encoding.ids for encoding in encoded]
+    counts = np.array([len(row) for row in rows], dtype=np.int64)
+    return np.array([i for row in rows for i in row], dtype=np.int32), counts
 
 
 def cut_and_fill(

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nin_text.data import KNOWN, Split, TextDataset, load_split, load_text_dataset, reduced
+from nin_text.data import Split, TextDataset, load_split, load_text_dataset, reduced
 from nin_text.errors import UserError
+from nin_text.sources import KNOWN
 from nin_text.splits import stratified, subset
 
 

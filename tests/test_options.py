@@ -11,7 +11,6 @@ import pytest
 
 from nin_text.cli import add_options, parse_options, spelled_out
 from nin_text.configuration import NETWORKS, PRESETS
-from nin_text.data import KNOWN
 from nin_text.demo_data import LABELS
 from nin_text.errors import UserError
 from nin_text.image_options import ImageBenchmarkOptions
@@ -29,6 +28,7 @@ from nin_text.options import (
 )
 from nin_text.recipes import DATASET_RECIPES, DEFAULT_RECIPE, MODEL_RECIPES
 from nin_text.run_folder import folder_of
+from nin_text.sources import KNOWN
 
 
 def parse(*arguments: str) -> TrainOptions:

@@ -25,12 +25,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from nin_text.cpu_gradients import Linear, RowConvolution, in_autocast, reach, taps, written_out
 
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
 
@@ -119,81 +121,14 @@ def convolve(conv: nn.Conv1d | nn.Conv2d, x: Tensor, mask: Tensor | None = None)
     if x.dim() > 2:
         x = x if mask is None else x * mask
         return conv(x.movedim(-1, 1)).movedim(1, -1)
-    dtype = torch.get_autocast_dtype(x.device.type)
-    x = x.to(dtype) if torch.is_autocast_enabled(x.device.type) else x
+    x = in_autocast(x)
     assert conv.bias is not None
     weight, bias = conv.weight.to(x.dtype), conv.bias.to(x.dtype)  # (C_out, C, taps), (C_out,)
-    wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if wanted and x.device.type == "cpu" and not recorded:
-        return cast(Tensor, _RowConvolution.apply(x, mask, weight, bias, conv.dilation[0]))
+    if written_out(x, weight):
+        return cast(Tensor, RowConvolution.apply(x, mask, weight, bias, conv.dilation[0]))
     x = x if mask is None else x * mask
-    before, after = _reach(weight, conv.dilation[0])
-    return _taps(F.pad(x, (0, 0, before, after)), weight, bias, conv.dilation[0])
-
-
-def _reach(weight: Tensor, dilation: int) -> tuple[int, int]:
-    """Rows before and after a row that its output depends on."""
-    reach = dilation * (weight.shape[2] - 1)
-    return reach // 2, reach - reach // 2
-
-
-def _taps(x: Tensor, weight: Tensor, bias: Tensor, dilation: int) -> Tensor:
-    """(N + reach, C) to (N, C_out): the sum of one matrix product for each tap of (C_out, C, taps).
-
-    They are taken on shifted views of the same memory: nothing is transposed, copied or unfolded.
-    """
-    n = len(x) - sum(_reach(weight, dilation))
-    y = torch.addmm(bias, x[:n], weight[:, :, 0].t())  # (N, C_out)
-    for tap in range(1, weight.shape[2]):
-        start = tap * dilation
-        y.addmm_(x[start : start + n], weight[:, :, tap].t())
-    return y
-
-
-class _RowConvolution(torch.autograd.Function):
-    """`_taps` of rows times a mask, with a backward pass that costs what its products cost.
-
-    That of a slice, which autograd would take, fills a matrix with zeros for each tap.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, mask: Tensor | None, weight: Tensor, bias: Tensor, dilation: int
-    ) -> Tensor:
-        before, after = _reach(weight, dilation)
-        padded = x.new_empty(before + len(x) + after, x.shape[1])  # (N + reach, C)
-        padded[:before] = 0
-        padded[before + len(x) :] = 0
-        inside = padded[before : before + len(x)]
-        if mask is None:
-            inside.copy_(x)
-        else:
-            torch.mul(x, mask, out=inside)
-        ctx.save_for_backward(padded, mask, weight)
-        ctx.dilation = dilation
-        return _taps(padded, weight, bias, dilation)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        padded, mask, weight = ctx.saved_tensors
-        before, after = _reach(weight, ctx.dilation)
-        n = len(dy)
-        starts = range(0, before + after + 1, ctx.dilation)
-        dx = dweight = dbias = None
-        if ctx.needs_input_grad[0]:
-            dx = padded.new_zeros(padded.shape)  # (N + reach, C)
-            for tap, start in enumerate(starts):
-                dx[start : start + n].addmm_(dy, weight[:, :, tap])
-            dx = dx[before : before + n]  # (N, C)
-            dx = dx if mask is None else dx * mask
-        if ctx.needs_input_grad[2]:
-            products = [dy.t() @ padded[start : start + n] for start in starts]  # (C_out, C) each
-            dweight = torch.stack(products, dim=2)  # (C_out, C, taps)
-        if ctx.needs_input_grad[3]:
-            dbias = dy.sum(dim=0)  # (C_out,)
-        return dx, None, dweight, dbias, None
+    before, after = reach(weight, conv.dilation[0])
+    return taps(F.pad(x, (0, 0, before, after)), weight, bias, conv.dilation[0])
 
 
 def max_pool_rows(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -290,7 +225,7 @@ class SpatialConv(nn.Module):
             inputs = [in_channels]
         else:
             inputs = widths
-            self.reductions = nn.ModuleList(nn.Linear(in_channels, width) for width in widths)
+            self.reductions = nn.ModuleList(Linear(in_channels, width) for width in widths)
             self.act = ACTIVATIONS[activation]()
         self.convs = nn.ModuleList(
             conv_type(
@@ -392,7 +327,7 @@ class MLPConv(nn.Module):
             stride=stride,
             activation=activation,
         )
-        self.pointwise = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(channels))
+        self.pointwise = nn.ModuleList(Linear(i, o) for i, o in pairwise(channels))
         for layer in self.pointwise[-1:] if self.pointwise else self.spatial.convs:
             layer.initial_scale = initial_scale  # type: ignore[assignment]
         self.act = ACTIVATIONS[activation]()

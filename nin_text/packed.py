@@ -24,55 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nin_text.ngrams import distinct_ngrams, sum_of_distinct
+from nin_text.products import ACTIVATIONS, linear_act, linear_add, prepacked
 
 NORM_EPSILON = 1e-5  # of nn.LayerNorm
 # Rows of a slice. On a CPU those of a slice stay in the cache; a GPU wants large products.
 SLICE_ROWS = {"cpu": 4096, "cuda": 2**17}
 SHORT_ROWS = 512  # of a text whose sums may be rounded in another order than those of long ones
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "silu": F.silu,
-}
-
-
-def _fused_product() -> Any:
-    """oneDNN's linear map that does what follows on its way to memory, for bfloat16 on a CPU.
-
-    It is what torch.compile makes of both, and may go with another version of torch.
-    """
-    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    product = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-    return product if torch.backends.mkldnn.is_available() and supported and supported() else None
-
-
-FUSED = _fused_product()
-
-
-def _is_fused(x: Tensor) -> bool:
-    return FUSED is not None and x.dtype == torch.bfloat16 and x.device.type == "cpu"
-
-
-def prepacked(weight: Tensor) -> Tensor:
-    """A weight (C, D) in the order that oneDNN brings it into on every call of a product else."""
-    reorder = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
-    return reorder(weight, SLICE_ROWS["cpu"]) if reorder and _is_fused(weight) else weight
-
-
-def linear_act(x: Tensor, weight: Tensor, bias: Tensor, act: str) -> Tensor:
-    """(n, D) to (n, C): a linear map and the activation of that name."""
-    if _is_fused(x):
-        name = "swish" if act == "silu" else act
-        return FUSED(x, weight, bias, name, [], "none")
-    return ACTIVATIONS[act](F.linear(x, weight, bias))
-
-
-def linear_add(x: Tensor, weight: Tensor, other: Tensor) -> Tensor:
-    """(n, D) to (n, C): a linear map without bias, and something to add to it."""
-    if _is_fused(x):
-        return FUSED.binary(x, other, weight, None, "add")
-    return torch.addmm(other, x, weight.t())
 
 
 @dataclass(frozen=True)
@@ -173,7 +130,8 @@ class FoldedBlock:
                     weight = weight - weight.mean(dim=0)
                 linears[-1] = weight, torch.zeros_like(bias)
             self.embeddings = self.embeddings.to(dtype)
-        self.linears = [(prepacked(weight.to(dtype)), bias.to(dtype)) for weight, bias in linears]
+        rows = SLICE_ROWS["cpu"]
+        self.linears = [(prepacked(w.to(dtype), rows), bias.to(dtype)) for w, bias in linears]
 
     @staticmethod
     def supports(config: dict[str, Any]) -> bool:

@@ -32,7 +32,8 @@ from nin_text.options import (
     TOKENIZER_FILE,
     WEIGHTS_FILE,
 )
-from nin_text.packed import ACTIVATIONS, FoldedBlock
+from nin_text.packed import FoldedBlock
+from nin_text.products import ACTIVATIONS
 
 DTYPES = ("F32", "F16", "BF16", "F8_E4M3")  # of weights, as safetensors names them
 # Files beside tokenizer.json that could change what it does. This package saves none of them.

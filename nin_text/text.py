@@ -20,6 +20,7 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
@@ -30,6 +31,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from nin_text.blocks import Dropout, MLPConv, Rows, max_pool_rows, pooling_weights
 from nin_text.configuration import NiNTextConfig
+from nin_text.cpu_gradients import Embedding, written_out
 from nin_text.modeling import classification_loss, he_initialization
 from nin_text.ngrams import NGramEvidence
 
@@ -113,7 +115,7 @@ class NiNTextModel(NiNTextPreTrainedModel):
 
     def __init__(self, config: NiNTextConfig) -> None:
         super().__init__(config)
-        self.embeddings = nn.Embedding(
+        self.embeddings: nn.Embedding = Embedding(
             config.vocab_size, config.embedding_size, padding_idx=config.pad_token_id
         )
         inputs = [config.embedding_size, *(c[-1] for c in config.block_channels[:-1])]
@@ -177,15 +179,12 @@ class NiNTextModel(NiNTextPreTrainedModel):
         # The hashes of n-grams need 64 bits, and embeddings take 32 without a word.
         ids = layout.pack(input_ids.long(), fill=self.config.pad_token_id or 0)  # (N,)
         x = self.run_blocks(ids, layout.mask)  # (N / stride, C)
-        scores = None
         # The pooled sum has one term for each token: bf16 would lose the small ones.
         with torch.autocast(x.device.type, enabled=False):
             x = x.float()
-            if self.attention is not None:
-                scores = x.mv(self.attention.weight[0].float())  # (N / stride,)
-                scores = layout.unpack(scores[:, None], self.stride)[..., 0]  # (B, T)
-            weights = pooling_weights(layout.token_mask, scores)  # (B, T)
-            pooled = pool_rows(x, layout, weights, self.stride)  # (B, C)
+            scorer = None if self.attention is None else self.attention.weight[0].float()  # (C,)
+            pool = _Pooling.apply if written_out(x) else pool_rows
+            weights, pooled = pool(x, scorer, layout, self.stride)  # (B, T), (B, C)
         return EncodedRows(ids, x, layout, weights, pooled)
 
     def run_blocks(self, ids: Tensor, mask: Tensor) -> Tensor:
@@ -261,17 +260,71 @@ def through_blocks(
     return final_norm(x)
 
 
-def pool_rows(x: Tensor, layout: Rows, weights: Tensor, stride: int) -> Tensor:
-    """Weighted sum of the rows of each text: (N / stride, C) and (B, T) to (B, C)."""
+def pool_rows(x: Tensor, scorer: Tensor | None, layout: Rows, stride: int) -> tuple[Tensor, Tensor]:
+    """The weights of the tokens of each text, and the sum of its rows by these weights.
+
+    Args:
+        x: (N / stride, C).
+        scorer: (C,), whose products with the rows are the scores of attention; None for the mean.
+        layout, stride: where the tokens lie.
+
+    Returns:
+        (B, T) and (B, C).
+    """
+    scores = None
+    if scorer is not None:
+        scores = layout.unpack(x.mv(scorer)[:, None], stride)[..., 0]  # (B, T)
+    weights = pooling_weights(layout.token_mask, scores)  # (B, T)
     token_rows = layout.index.flatten()[layout.tokens] // stride  # (M,)
     token_weights = weights.flatten().index_select(0, layout.tokens)  # (M,)
-    if x.device.type == "cpu":  # where it takes a third of the time, forward and backward
+    if x.device.type == "cpu":  # where it takes a third of the time
         lengths = layout.token_mask.sum(dim=1)  # (B,)
         starts = lengths.cumsum(0) - lengths  # (B,)
-        return F.embedding_bag(token_rows, x, starts, mode="sum", per_sample_weights=token_weights)
+        return weights, F.embedding_bag(
+            token_rows, x, starts, mode="sum", per_sample_weights=token_weights
+        )
     row_weights = x.new_zeros(x.shape[0]).index_add(0, token_rows, token_weights)
     pooled = x.new_zeros(len(weights), x.shape[1])
-    return pooled.index_add(0, layout.text[::stride], x * row_weights[:, None])
+    return weights, pooled.index_add(0, layout.text[::stride], x * row_weights[:, None])
+
+
+class _Pooling(torch.autograd.Function):
+    """`pool_rows` with a backward pass of its own (see `cpu_gradients.py`).
+
+    For the rows x of a text, a scorer a, scores s = x a, weights w = softmax(s) and the sum p = w x
+    the gradients are, with g = x dp + dw: ds = w (g - w g), dx = w dp + ds a and da = ds x.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scorer: Tensor | None, layout: Rows, stride: int
+    ) -> tuple[Tensor, Tensor]:
+        weights, pooled = pool_rows(x, scorer, layout, stride)
+        ctx.save_for_backward(x, scorer, weights)
+        ctx.layout, ctx.stride = layout, stride
+        ctx.set_materialize_grads(False)
+        return weights, pooled
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dweights: Tensor | None, dpooled: Tensor | None) -> tuple[Any, ...]:
+        x, scorer, weights = ctx.saved_tensors
+        layout = ctx.layout
+        text = layout.text[:: ctx.stride]  # (N,)
+        rows = layout.index.flatten()[layout.tokens] // ctx.stride  # (M,)
+        of_tokens = weights.flatten()[layout.tokens]  # (M,)
+        w = of_tokens.new_zeros(len(x)).index_add_(0, rows, of_tokens)  # (N,)
+        if dpooled is None:
+            dpooled = x.new_zeros(len(weights), x.shape[1])
+        dx = dpooled.index_select(0, text)  # (N, C), of the text of each row
+        if scorer is None:
+            return dx.mul_(w[:, None]), None, None, None
+        wg = w * torch.linalg.vecdot(x, dx)  # (N,)
+        if dweights is not None:
+            wg.index_add_(0, rows, of_tokens * dweights.flatten()[layout.tokens])
+        sums = wg.new_zeros(len(weights)).index_add_(0, text, wg)  # (B,)
+        dscores = wg - w * sums[text]  # (N,)
+        return dx.mul_(w[:, None]).addr_(dscores, scorer), dscores @ x, None, None
 
 
 class NiNTextForSequenceClassification(NiNTextPreTrainedModel):

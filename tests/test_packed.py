@@ -7,12 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_text import VARIANTS, make_model, pad, random_texts
 
-from nin_text import NiNTextForSequenceClassification, ngrams, packed
+from nin_text import NiNTextForSequenceClassification, ngrams, products
 from nin_text.packed import BlocksEncoder, FoldedBlock, PackedClassifier
 
 # One block, in every form that can be folded into tables.
@@ -129,7 +128,7 @@ def test_any_blocks_equal_the_model(
 def test_bfloat16_is_near_float32(path: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within 2 % of the largest logit, where the definition under autocast is as well."""
     if isinstance(path, str):
-        monkeypatch.setattr(packed, "FUSED", None)
+        monkeypatch.setattr(products, "FUSED", None)
         path = fold
     model = folded_model(name)
     texts = random_texts([1, 30, 200, 7])
@@ -138,31 +137,6 @@ def test_bfloat16_is_near_float32(path: Any, name: str, monkeypatch: pytest.Monk
     assert_equal(logits_of(path(model, torch.bfloat16), texts), expected, 0.02)
     with torch.autocast("cpu", torch.bfloat16):
         assert_equal(expected_of(model, texts), expected, 0.02)
-
-
-@pytest.mark.skipif(packed.FUSED is None, reason="no fused bfloat16 products on this processor")
-@pytest.mark.parametrize("rows", [1, 7, 300])
-@pytest.mark.parametrize("act", sorted(packed.ACTIVATIONS))
-def test_fused_products_are_rounded_once(
-    act: str, rows: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nearer to the exact value than one after the other, whose first result is rounded, too."""
-    x, weight, bias, other = (
-        torch.randn(shape).to(torch.bfloat16) for shape in ((rows, 48), (32, 48), (32,), (rows, 32))
-    )
-    exact = F.linear(x.double(), weight.double(), bias.double())
-    exact = packed.ACTIVATIONS[act](exact)
-    added = F.linear(x.double(), weight.double()) + other.double()
-    step = torch.finfo(torch.bfloat16).eps / 2
-    for found, expected in (
-        (packed.linear_act(x, packed.prepacked(weight), bias, act), exact),
-        (packed.linear_add(x, packed.prepacked(weight), other), added),
-    ):
-        error = (found.double() - expected).abs()
-        assert (error <= expected.abs() * step * 1.01 + 1e-5).all()
-    monkeypatch.setattr(packed, "FUSED", None)
-    plain = packed.linear_act(x, weight, bias, act)
-    torch.testing.assert_close(plain.double(), exact, atol=0.1, rtol=0.02)
 
 
 @pytest.mark.parametrize("pooling", ["mean", "attention"])

@@ -15,7 +15,7 @@ demo: $(STAMP)  ## train, save and evaluate a classifier on built-in reviews (ab
 	# Threads that spin while they wait would slow down many times over where cores are busy.
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python scripts/train_text.py --dataset demo_reviews
 
-test: $(STAMP)  ## run the whole test suite (eleven minutes to a quarter of an hour on two idle cores)
+test: $(STAMP)  ## run the whole test suite (seven minutes to a quarter of an hour on two idle cores)
 	# Threads that wait for each other would slow down two tests at once many times over.
 	# A process that is done early takes over tests of the other.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal

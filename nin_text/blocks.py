@@ -32,7 +32,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nin_text.cpu_gradients import Linear, RowConvolution, in_autocast, reach, taps, written_out
+from nin_text.cpu_gradients import Linear, RowConvolution, written_out
+from nin_text.products import in_autocast, reach, taps
 
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
 
@@ -88,10 +89,15 @@ class Rows:
         tensors = {field.name: getattr(self, field.name) for field in fields(self)}
         return Rows(**{n: t.to(device, non_blocking=non_blocking) for n, t in tensors.items()})
 
+    def token_rows(self, stride: int = 1) -> Tensor:
+        """(M,) the row of each token, of those that are left by pooling if `stride` > 1."""
+        rows = self.index.flatten()[self.tokens]
+        return rows if stride == 1 else rows // stride
+
     def pack(self, padded: Tensor, fill: int = 0) -> Tensor:
         """(B, T) token values to (N,) rows; separators hold `fill`."""
         rows = padded.new_full((self.mask.shape[0],), fill)
-        rows[self.index.flatten()[self.tokens]] = padded.flatten()[self.tokens]
+        rows[self.token_rows()] = padded.flatten()[self.tokens]
         return rows
 
     def unpack(self, rows: Tensor, stride: int = 1) -> Tensor:

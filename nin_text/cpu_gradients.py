@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from nin_text import products
+from nin_text.products import in_autocast, linear, reach, taps
 
 # Of the rows in the gradient of weights: eight products take up to a fifth less time than one on
 # a processor with AVX-512, and no more with AMX.
@@ -27,31 +27,6 @@ def written_out(x: Tensor, *weights: Tensor) -> bool:
     if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     return torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights))
-
-
-def in_autocast(x: Tensor) -> Tensor:
-    """x in the type that autocast, if it is on, would convert the inputs of a product to."""
-    device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
-
-
-def reach(weight: Tensor, dilation: int) -> tuple[int, int]:
-    """Rows before and after a row that its output depends on."""
-    both = dilation * (weight.shape[2] - 1)
-    return both // 2, both - both // 2
-
-
-def taps(x: Tensor, weight: Tensor, bias: Tensor, dilation: int) -> Tensor:
-    """(N + reach, C) to (N, C_out): the sum of one matrix product for each tap of (C_out, C, taps).
-
-    They are taken on shifted views of the same memory: nothing is transposed, copied or unfolded.
-    """
-    n = len(x) - sum(reach(weight, dilation))
-    y = torch.addmm(bias, x[:n], weight[:, :, 0].t())  # (N, C_out)
-    for tap in range(1, weight.shape[2]):
-        start = tap * dilation
-        y.addmm_(x[start : start + n], weight[:, :, tap].t())
-    return y
 
 
 def _of_weights(dy: Tensor, x: Tensor) -> Tensor:
@@ -100,8 +75,8 @@ class RowConvolution(torch.autograd.Function):
             dx = dx[before : before + n]  # (N, C)
             dx = dx if mask is None else dx * mask
         if ctx.needs_input_grad[2]:
-            products = [_of_weights(dy, padded[start : start + n]) for start in starts]
-            dweight = torch.stack(products, dim=2)  # (C_out, C, taps)
+            of_taps = [_of_weights(dy, padded[start : start + n]) for start in starts]
+            dweight = torch.stack(of_taps, dim=2)  # (C_out, C, taps)
         if ctx.needs_input_grad[3]:
             dbias = dy.sum(dim=0)  # (C_out,)
         return dx, None, dweight, dbias, None
@@ -113,7 +88,7 @@ class _RowLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return products.linear(x, weight, bias)
+        return linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable

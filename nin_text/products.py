@@ -1,7 +1,7 @@
-"""Linear maps of rows, and what follows on each, as fast as the processor has them.
+"""Linear maps and convolutions of rows, and what follows on each, as fast as they can be had.
 
 On a CPU that multiplies bfloat16 these are products of oneDNN that add the bias, or apply the
-activation, on their way to memory. Letters in shapes: n rows, C and D channels.
+activation, on their way to memory. Letters in shapes: n or N rows, C and D channels.
 """
 
 from __future__ import annotations
@@ -65,3 +65,28 @@ def linear_add(x: Tensor, weight: Tensor, other: Tensor) -> Tensor:
     if _is_fused(x):
         return FUSED.binary(x, other, weight, None, "add")
     return torch.addmm(other, x, weight.t())
+
+
+def in_autocast(x: Tensor) -> Tensor:
+    """x in the type that autocast, if it is on, would convert the inputs of a product to."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
+def reach(weight: Tensor, dilation: int) -> tuple[int, int]:
+    """Rows before and after a row that its output depends on."""
+    both = dilation * (weight.shape[2] - 1)
+    return both // 2, both - both // 2
+
+
+def taps(x: Tensor, weight: Tensor, bias: Tensor, dilation: int) -> Tensor:
+    """(N + reach, C) to (N, C_out): the sum of one matrix product for each tap of (C_out, C, taps).
+
+    They are taken on shifted views of the same memory: nothing is transposed, copied or unfolded.
+    """
+    n = len(x) - sum(reach(weight, dilation))
+    y = torch.addmm(bias, x[:n], weight[:, :, 0].t())  # (N, C_out)
+    for tap in range(1, weight.shape[2]):
+        start = tap * dilation
+        y.addmm_(x[start : start + n], weight[:, :, tap].t())
+    return y

@@ -275,7 +275,7 @@ def pool_rows(x: Tensor, scorer: Tensor | None, layout: Rows, stride: int) -> tu
     if scorer is not None:
         scores = layout.unpack(x.mv(scorer)[:, None], stride)[..., 0]  # (B, T)
     weights = pooling_weights(layout.token_mask, scores)  # (B, T)
-    token_rows = layout.index.flatten()[layout.tokens] // stride  # (M,)
+    token_rows = layout.token_rows(stride)  # (M,)
     token_weights = weights.flatten().index_select(0, layout.tokens)  # (M,)
     if x.device.type == "cpu":  # where it takes a third of the time
         lengths = layout.token_mask.sum(dim=1)  # (B,)
@@ -311,7 +311,7 @@ class _Pooling(torch.autograd.Function):
         x, scorer, weights = ctx.saved_tensors
         layout = ctx.layout
         text = layout.text[:: ctx.stride]  # (N,)
-        rows = layout.index.flatten()[layout.tokens] // ctx.stride  # (M,)
+        rows = layout.token_rows(ctx.stride)  # (M,)
         of_tokens = weights.flatten()[layout.tokens]  # (M,)
         w = of_tokens.new_zeros(len(x)).index_add_(0, rows, of_tokens)  # (N,)
         if dpooled is None:

@@ -500,9 +500,17 @@ def with_recipe(options: TrainOptions, examples: int) -> TrainOptions:
 
 
 def _preset_of(model: str) -> str:
-    """The preset that a NiN is, or that a finished run began with; "" if that is not known."""
-    name = model if model in PRESET_NAMES else run_metrics(model).get("model")
-    return name if name in PRESET_NAMES else ""
+    """The preset that a NiN is, or whose depth and width the blocks of a saved one have; or ""."""
+    if model in PRESET_NAMES:
+        return model
+    from nin_text.configuration import PRESETS  # imports transformers
+
+    def size(config: dict[str, Any]) -> tuple[Any, int]:
+        blocks = config.get("block_channels")
+        return config.get("embedding_size"), len(blocks) if isinstance(blocks, list) else 0
+
+    own = size(_facts(model, CONFIG_FILE))
+    return next((name for name in PRESET_NAMES if size(PRESETS[name]) == own), "")
 
 
 def model_folder(name: str) -> str:

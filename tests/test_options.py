@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import re
 from pathlib import Path
 
 import pytest
 
 from nin_text.cli import add_options, parse_options, spelled_out
-from nin_text.configuration import NETWORKS, PRESETS
+from nin_text.configuration import NETWORKS, PRESETS, NiNTextConfig
 from nin_text.demo_data import LABELS
 from nin_text.errors import UserError
 from nin_text.image_options import ImageBenchmarkOptions
@@ -113,6 +114,23 @@ def test_only_deep_networks_predict_hidden_tokens() -> None:
             with_recipe(parse("--mlm-probability", "0.1", *arguments), 100)
         with pytest.raises(UserError, match="--compile is for pretraining"):
             with_recipe(parse("--compile", *arguments), 100)
+
+
+def test_a_saved_model_gets_the_recipe_of_its_preset_whatever_it_was_made_from(
+    tmp_path: Path,
+) -> None:
+    """Also where nothing but the model was saved, or where it began with another saved one."""
+    for name in PRESET_NAMES:
+        NiNTextConfig.from_preset(name, hidden_dropout=0.1).save_pretrained(tmp_path / name)
+        fresh, saved = (
+            with_recipe(parse("--model", model), 100_000) for model in (name, str(tmp_path / name))
+        )
+        for setting in ("learning_rate", "batch_size", "batch_tokens", "epochs"):
+            assert getattr(saved, setting) == getattr(fresh, setting)
+    config = tmp_path / "nin-text-large" / "config.json"
+    for blocks in (7, None, [[256]]):
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"block_channels": blocks}))
+        assert with_recipe(parse("--model", str(config.parent)), 100_000).batch_size == 64
 
 
 def test_a_data_sets_own_batch_size_stays_on_few_examples() -> None:

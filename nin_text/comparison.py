@@ -45,6 +45,7 @@ from nin_text.options import (
     PRESET_NAMES,
     QUICK_LIMIT,
     QUICK_ROUNDS,
+    ROUNDS,
     CompareOptions,
     check,
 )
@@ -66,7 +67,9 @@ THREADS = {"linear": 1, "fasttext": 12}  # of training, where the system decides
 def with_defaults(options: CompareOptions) -> CompareOptions:
     """A copy in which --quick has set what it stands for, and the default can be run here."""
     if options.quick:
-        options = replace(options, limit=options.limit or QUICK_LIMIT, rounds=QUICK_ROUNDS)
+        options = replace(options, limit=options.limit or QUICK_LIMIT)
+    if options.rounds is None:
+        options = replace(options, rounds=QUICK_ROUNDS if options.quick else ROUNDS)
     if options.models == DEFAULT_SYSTEMS and importlib.util.find_spec(FASTTEXT) is None:
         logger.warning(
             "fasttext is left out: it is not installed (pip install 'nin-text[compare]')"
@@ -110,7 +113,8 @@ def _compare(
     try:
         for i, (name, spec) in enumerate(names.items(), start=1):
             logger.info("[%d of %d] %s", i, len(names), name)
-            records[name] = _fitted(folder / "systems" / name, spec, options, dataset, sample)
+            place = _place(folder / "systems", name, spec)
+            records[name] = _fitted(place, spec, options, dataset, sample) | {"folder": place.name}
         if options.rounds:
             _time(folder, records, options, sample)
     except KeyboardInterrupt:
@@ -150,7 +154,7 @@ def system_names(specs: Sequence[str]) -> dict[str, str]:
         UserError: if a system is named twice.
     """
     names: dict[str, str] = {}
-    for spec in specs:
+    for spec in (spec if set(spec) == {"/"} else spec.rstrip("/") for spec in specs):
         if spec in names.values():
             raise UserError(f"--models names {spec} twice")
         prefix, _, rest = spec.rpartition(":")
@@ -195,7 +199,8 @@ def _open_folder(folder: Path, options: CompareOptions, dataset: TextDataset) ->
     }
     path = folder / OPTIONS_FILE
     if not path.is_file():
-        if (folder / "systems").exists():
+        ours = ("systems", PLOTS, *(f"comparison.{kind}" for kind in ("json", "md", "html")))
+        if any((folder / name).exists() for name in ours):
             raise UserError(f"{folder} holds something else; give another --output-dir")
     elif options.overwrite:
         shutil.rmtree(folder / "systems", ignore_errors=True)
@@ -218,6 +223,29 @@ def _open_folder(folder: Path, options: CompareOptions, dataset: TextDataset) ->
 # ---- fitting -----------------------------------------------------------------------------------
 
 
+def _place(systems: Path, name: str, spec: str) -> Path:
+    """The folder of a system: the one that it has, by whatever name, or a free one.
+
+    Names of systems that are called alike depend on which of them there are.
+    """
+    owners = {folder: _owner(folder) for folder in sorted(systems.iterdir())}
+    for folder, owner in owners.items():
+        if owner == spec:
+            return folder
+    folder, n = systems / name, 2
+    while owners.get(folder) is not None:
+        folder, n = systems / f"{name}-{n}", n + 1
+    return folder
+
+
+def _owner(folder: Path) -> str | None:
+    """The system whose folder it is; None if that cannot be told."""
+    try:
+        return str(json.loads((folder / OWNER_FILE).read_text(encoding="utf-8"))["spec"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def _fitted(
     folder: Path, spec: str, options: CompareOptions, dataset: TextDataset, sample: Sample
 ) -> dict[str, Any]:
@@ -225,11 +253,10 @@ def _fitted(
 
     Its `failures` tell, a sentence each, what did not succeed.
     """
-    path, owner = folder / SYSTEM_FILE, folder / OWNER_FILE
+    path = folder / SYSTEM_FILE
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    named = json.loads(owner.read_text(encoding="utf-8")) if owner.is_file() else None
-    if named != {"spec": spec} or (known and _changed(known)):
-        shutil.rmtree(folder, ignore_errors=True)  # of another system of this name
+    if _owner(folder) != spec or (known and _changed(known)):
+        shutil.rmtree(folder, ignore_errors=True)  # of nobody, or of what is no more
         known = None
     if spec not in PRESET_NAMES:  # the others have no use for unlabelled texts
         dataset = dataset.labelled()
@@ -237,7 +264,7 @@ def _fitted(
         logger.info("fitted before: %s", folder)
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        report.write_json(owner, {"spec": spec})
+        report.write_json(folder / OWNER_FILE, {"spec": spec})
         try:
             known = processes.call(_fit, options, spec, folder, dataset, sample)
         except UserError as error:
@@ -350,7 +377,7 @@ def _time(
     try:
         for name, record in records.items():
             if "error" not in record:
-                place = folder / "systems" / name
+                place = folder / "systems" / records[name]["folder"]
                 running[name] = processes.start(_answer_rounds, options, record, place, sample)
                 logger.info("warming up %s", name)
                 ask(name)
@@ -405,7 +432,7 @@ def _assemble(
     device = pick_device(options.device)
     lengths = count_tokens(dataset.splits["test"].texts)
     tested = {
-        name: _judge(folder / "systems" / name, dataset, lengths)
+        name: _judge(folder / "systems" / record["folder"], dataset, lengths)
         for name, record in records.items()
         if "error" not in record and record["kind"] != "architecture"
     }
@@ -416,7 +443,8 @@ def _assemble(
         if name in tested:
             judged, correct = tested[name]
             entry |= judged
-            entry["curve"] = _curve(folder / "systems" / name, options, dataset, judged)
+            place = folder / "systems" / record["folder"]
+            entry["curve"] = _curve(place, options, dataset, judged)
             if reference != name:
                 entry["versus_reference"] = paired_difference(correct, tested[reference][1])
         entries.append(entry)
@@ -450,11 +478,13 @@ def _reference(
     options: CompareOptions, records: dict[str, dict[str, Any]], tested: dict[str, Any]
 ) -> str:
     """Name of the system that others are tested against."""
+    wanted = _wanted_reference(options, records)
+    return wanted if wanted in tested else next(iter(tested), "")
+
+
+def _wanted_reference(options: CompareOptions, records: dict[str, dict[str, Any]]) -> str | None:
     wanted = options.reference or "nin-text-base"
-    for name, record in records.items():
-        if wanted in (name, record["spec"]) and name in tested:
-            return name
-    return next(iter(tested), "")
+    return next((n for n, record in records.items() if wanted in (n, record["spec"])), None)
 
 
 def _judge(
@@ -502,7 +532,7 @@ def _entry(name: str, record: dict[str, Any], options: CompareOptions) -> dict[s
     entry = {key: record.get(key) for key in keys} | {"name": name, "by_length": [], "curve": []}
     if "error" in record:
         return entry | {"kind": "failed", "description": "", "settings": {}}
-    if record["kind"] == "architecture" and options.limit is None:
+    if record["kind"] == "architecture" and options.limit is None and options.labelled is None:
         cited = ARCHITECTURES[record["spec"].partition(":")[2]]["cited"].get(options.dataset)
         if cited is not None:
             entry["cited"] = {"accuracy": cited[0], "source": cited[1]}
@@ -537,6 +567,12 @@ def _notes(
     if "unsupervised" in dataset.splits and any(r.get("kind") == "nin" for r in records.values()):
         texts = len(dataset.splits["unsupervised"])
         notes.append(f"NiN presets also learn from {texts:,} unlabelled texts; the others cannot")
+    wanted = _wanted_reference(options, records)
+    if wanted is not None and "error" in records[wanted]:
+        notes.append(f"{wanted} failed: the others are tested against the first that did not")
+    finished = [name for name, record in records.items() if "run_modified" in record]
+    if options.curve and finished:
+        notes.append(f"no learning curve of {', '.join(finished)}: not trained here")
     if pick_device(options.device).type != "cpu":
         notes.append("memory is that of the host, not of the device")
     warnings = [record["warning"] for record in records.values() if record.get("warning")]

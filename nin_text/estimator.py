@@ -105,8 +105,8 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
         class_weight: None, "balanced" or a dict from label to weight. With several labels a text,
             "balanced" lets yes and no count the same for each of them; there is no dict then.
         early_stopping: stop when the texts held out are no longer judged better and keep the best
-            pass. Without it, every pass is made and the last one kept. (With few labels
-            and many unlabelled texts there is nothing to stop: see `learning.py`.)
+            pass; else every pass is made and the last one kept. (With few labels and many
+            unlabelled texts there is nothing to stop: see `learning.py`.)
         validation_fraction: part of the texts held out from the network in any case, stratified:
             network and n-grams are weighed on it. Weights play no part in judging it.
         n_iter_no_change: passes without a better accuracy before training stops.
@@ -140,7 +140,7 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
         batch_size: int | None = None,
         dropout: float | None = None,
         class_weight: str | dict[Any, float] | None = None,
-        early_stopping: bool = True,
+        early_stopping: bool = False,
         validation_fraction: float = 0.1,
         n_iter_no_change: int = 3,
         warm_start: bool = False,

@@ -197,6 +197,10 @@ def check_numbers(parameters: Mapping[str, Any]) -> None:
                 continue
             if not isinstance(value, kind) or isinstance(value, bool):
                 raise UserError(f"{name} must be {what}, not {value!r}")
+    if parameters["n_iter_no_change"] < 1:  # of --patience, 0 is what early_stopping=False is
+        raise UserError(
+            f"n_iter_no_change must be at least 1, not {parameters['n_iter_no_change']}"
+        )
 
 
 def in_parameters(message: str) -> str:

@@ -52,6 +52,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     },
 }
 DEFAULT_SYSTEMS = ("nin-text-small", "nin-text-base", FASTTEXT, *LINEAR_NAMES, "kim-cnn")
+ROUNDS = 5  # of timing in a comparison
 QUICK_LIMIT, QUICK_ROUNDS = 1000, 2
 
 MIN_BATCHES = 50
@@ -100,7 +101,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "batch_tokens": (1, math.inf),
     "gradient_accumulation": (1, math.inf),
     "ema_decay": (0, 0.999999),
-    "patience": (1, math.inf),
+    "patience": (0, math.inf),
     "rounds": (1, 1000),
     "threads": (1, 1024),
     "seed": (0, 2**32 - 1),
@@ -255,7 +256,10 @@ class TrainOptions(CommonOptions, LearningOptions):
     batch_tokens: int = option("most tokens in a batch, give or take one text")
     gradient_accumulation: int = option("batches for each optimizer step", 1)
     ema_decay: float = option("decay of the averaged weights (0: no averaging)")
-    patience: int = option("stop after this many epochs without a better validation score")
+    patience: int = option(
+        "stop after this many epochs without a better validation score, and keep the best; 0 for "
+        "all epochs, and the last"
+    )
     precision: str = option(PRECISION_HELP, "auto", choices=PRECISIONS)
     compile: bool = option(
         "compile the blocks for pretraining (torch.compile): half a minute, which pays on one GPU "
@@ -385,7 +389,10 @@ class CompareOptions(CommonOptions, LearningOptions):
         nargs="+",
         metavar="N",
     )
-    rounds: int = option("rounds of timing (0: none); every system has its turn in each", 5)
+    rounds: int = option(
+        f"rounds of timing (0: none); every system has its turn in each (default: {ROUNDS}, with "
+        f"--quick {QUICK_ROUNDS})"
+    )
     threads: int | None = option("threads of each system (default: one for each core)")
     precision: str = option(PRECISION_HELP, "auto", choices=PRECISIONS)
     seed: int = option("seed of everything that is trained", 0)

@@ -17,6 +17,7 @@ _FROM_SCRATCH: dict[str, Any] = {
     "learning_rate": 1e-3,
     "weight_decay": 0.01,
     "tokenizer": "word",
+    "patience": 3,
 }
 
 # Values of the options of `TrainOptions` by those names.
@@ -31,7 +32,7 @@ DEFAULT_RECIPE: dict[str, Any] = {
     "vocab_size": 30_000,
     "max_length": 0,
     "ema_decay": 0.99,
-    "patience": 3,
+    "patience": 0,
     "label_smoothing": 0.0,
     "ngrams": 3,
     "ngram_smoothing": 0.5,

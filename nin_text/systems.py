@@ -39,6 +39,7 @@ from nin_text.options import (
     PRESET_NAMES,
     CompareOptions,
     TrainOptions,
+    model_folder,
     saved_nin,
     trained_max_length,
 )
@@ -88,7 +89,7 @@ def create(spec: str, options: CompareOptions) -> System:
         return LinearNGrams(spec)
     if spec == FASTTEXT:
         return FastText(options.seed)
-    if spec.startswith("frozen:"):
+    if spec.startswith("frozen:") and _may_be_there(spec.removeprefix("frozen:")):
         return FrozenEncoder(spec.removeprefix("frozen:"), options)
     if spec.startswith("architecture:"):
         return Architecture(spec.removeprefix("architecture:"), options)
@@ -96,9 +97,9 @@ def create(spec: str, options: CompareOptions) -> System:
         raise UserError("--models has an empty name")
     if spec in (*PRESET_NAMES, *NETWORK_NAMES, *PACKAGED):
         return TrainedNetwork(spec, options)
-    if (Path(spec) / METRICS_FILE).is_file():
+    if (Path(model_folder(spec)) / METRICS_FILE).is_file():
         return SavedRun(spec, options)
-    if not Path(spec).is_dir() and not is_hub_id(spec):
+    if not _may_be_there(spec):
         names = ", ".join([*PRESET_NAMES, *NETWORK_NAMES, *LINEAR_NAMES, FASTTEXT, *PACKAGED])
         raise UserError(
             f"there is no system {spec!r}: it is not one of {names}, not a folder, not a hub id "
@@ -106,6 +107,12 @@ def create(spec: str, options: CompareOptions) -> System:
             f"{', '.join(ARCHITECTURES)}>"
         )
     return TrainedNetwork(spec, options)
+
+
+def _may_be_there(model: str) -> bool:
+    """Whether a name is that of a folder, of a model that comes with a package, or a hub id."""
+    known = model in PACKAGED or Path(model_folder(model)).is_dir()
+    return bool(model) and (known or is_hub_id(model))
 
 
 # ---- networks ----------------------------------------------------------------------------------
@@ -189,9 +196,8 @@ class TrainedNetwork(_Network):
             self.kind = "nin"
             self.description = (
                 "Network in Network with n-gram evidence, trained with its recipe for this data "
-                "set. The best pass by validation accuracy is kept, network and n-grams are "
-                "weighed on the validation split, then the n-grams are fitted again to training "
-                "and validation split."
+                "set. The last pass is kept, network and n-grams are weighed on the validation "
+                "split, then the n-grams are fitted again to training and validation split."
             )
         elif spec in NETWORK_NAMES:
             self.description = (
@@ -226,10 +232,17 @@ class SavedRun(_Network):
 
     def __init__(self, spec: str, options: CompareOptions) -> None:
         super().__init__(options)
-        self.folder = Path(spec)
+        self.folder = Path(model_folder(spec))
         try:
             self.metrics = json.loads((self.folder / METRICS_FILE).read_text(encoding="utf-8"))
             named = TrainedNetwork(self.metrics["model"], options)
+            if saved_nin(str(self.folder)):  # whatever it began with
+                with_ngrams = " with n-gram evidence" if self.metrics["options"]["ngrams"] else ""
+                named.kind = "nin"
+                named.description = (
+                    f"Network in Network{with_ngrams}; pass {self.metrics['best_epoch']} of "
+                    f"{self.metrics['epochs_run']} was kept."
+                )
             command, machine = self.metrics["command"], self.metrics["environment"]
             taken = transfer.of_run(self.metrics)
             self.description = " ".join(

@@ -473,9 +473,11 @@ def text_trainer(
         train, validation: what to learn from, and what to judge by.
         epochs: passes over `train`.
         device: where to compute.
-        keep_best_epoch: keep the pass that is right most often, or with several labels a text
-            that of least loss, and stop early; else make all passes and keep the last.
+        keep_best_epoch: whether `options.patience`, if there is any, is heeded: keep the pass that
+            is right most often, or with several labels a text that of least loss, and stop early.
+            Else all passes are made and the last is kept.
     """
+    keep_best_epoch = keep_best_epoch and options.patience > 0
     settings = training_arguments(
         folder,
         epochs=epochs,

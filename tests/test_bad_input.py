@@ -364,7 +364,7 @@ NUMBERS: dict[str, Sequence[Any]] = {
     "seed": (-1, 2**32),
     "ngrams": (-1, 100),
     "ngram_buckets": (0, 10**12),
-    "patience": (0,),
+    "patience": (-1,),
 }
 
 

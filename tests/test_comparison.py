@@ -24,7 +24,8 @@ from nin_text import comparison_timing as timing
 from nin_text.comparison import compare_text, system_names, with_defaults
 from nin_text.comparison_timing import Sample
 from nin_text.evaluation import paired_difference
-from nin_text.options import CompareOptions
+from nin_text.options import CompareOptions, TrainOptions
+from nin_text.runs import train_text
 
 # Of comparisons called from here; those of the script are new interpreters, as for a user.
 pytestmark = pytest.mark.usefixtures("ready_children")
@@ -199,6 +200,8 @@ def test_a_saved_run_of_other_classes_is_refused(trained: Path, pets: Path, tmp_
     ("changes", "words"),
     [
         ({"models": ["no-such"]}, "no system 'no-such'"),
+        ({"models": ["frozen:no-such"]}, "no system 'frozen:no-such'"),
+        ({"models": ["frozen:"]}, "no system 'frozen:'"),
         ({"models": ["tfidf-svm", "tfidf-svm"]}, "twice"),
         ({"reference": "bert"}, "--reference bert is not among"),
         ({"curve": [5]}, "--curve must name"),
@@ -239,6 +242,8 @@ def test_quick_is_a_subset() -> None:
     assert with_defaults(CompareOptions(quick=True)).limit == 1000
     assert with_defaults(CompareOptions(quick=True, limit=7)).limit == 7
     assert with_defaults(CompareOptions()).limit is None
+    rounds = [CompareOptions(), CompareOptions(quick=True), CompareOptions(quick=True, rounds=0)]
+    assert [with_defaults(options).rounds for options in rounds] == [5, 2, 0]
 
 
 def test_the_default_leaves_out_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,11 +332,60 @@ def test_a_folder_is_not_taken_over_from_another_system_of_its_name(
 ) -> None:
     """frozen:a/bert and frozen:b/bert are both called frozen-bert when they are alone."""
     texts = load_text_dataset(str(pets)).splits["train"].texts
-    for place in ("a", "b"):
-        spec = f"frozen:{tiny_bert(tmp_path / place / 'bert', texts, classifier=False)}"
-        compare(pets, tmp_path / "out", spec)
-        record = tmp_path / "out" / "systems" / "frozen-bert" / "system.json"
-        assert json.loads(record.read_text(encoding="utf-8"))["spec"] == spec
+    specs = {
+        place: f"frozen:{tiny_bert(tmp_path / place / 'bert', texts, classifier=False)}"
+        for place in ("a", "b")
+    }
+    folders = tmp_path / "out" / "systems"
+    for place in ("a", "b", "a"):
+        compare(pets, tmp_path / "out", f"{specs[place]}/")
+        fitted = {
+            json.loads(path.read_text(encoding="utf-8"))["spec"]: path.stat().st_mtime_ns
+            for path in folders.glob("*/system.json")
+        }
+        assert specs[place] in fitted
+        if place == "a" and len(fitted) == 1:
+            first = fitted[specs["a"]]
+    assert fitted.keys() == set(specs.values())  # neither has been discarded
+    assert fitted[specs["a"]] == first  # nor made again
+    assert len(read(tmp_path / "out")["systems"]) == 1
+
+
+def test_files_of_somebody_else_are_left_alone(pets: Path, tmp_path: Path) -> None:
+    (tmp_path / "out" / "plots").mkdir(parents=True)
+    (tmp_path / "out" / "plots" / "mine.svg").write_text("mine")
+    with pytest.raises(UserError, match="holds something else"):
+        compare(pets, tmp_path / "out", "tfidf-svm")
+    assert (tmp_path / "out" / "plots" / "mine.svg").read_text() == "mine"
+
+
+def test_a_reference_that_fails_is_said_to_have_failed(pets: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text("{")
+    with pytest.raises(UserError, match="not everything succeeded"):
+        compare(pets, tmp_path / "out", "tfidf-svm", f"frozen:{broken}", reference="frozen-broken")
+    notes = " ".join(read(tmp_path / "out")["notes"])
+    assert "frozen-broken failed: the others are tested against" in notes
+
+
+def test_finished_runs_are_described_by_what_they_are(
+    pets: Path, trained: Path, tmp_path: Path
+) -> None:
+    """Not by what they began with; and they have no learning curve."""
+    again = tmp_path / "again"
+    options = {"epochs": 2, "ngrams": 0, "patience": 1, "quiet": True}
+    dataset = load_text_dataset("demo_reviews", limit=60)
+    train_text(
+        TrainOptions(limit=60, model=str(trained), output_dir=again, **options), dataset
+    )
+    result = compare("demo_reviews", tmp_path / "out", str(again), limit=60, curve=[30])
+    assert list(result["systems"]) == ["again"]
+    comparison = read(tmp_path / "out")
+    (system,) = comparison["systems"]
+    assert system["kind"] == "nin"
+    assert system["description"].startswith("Network in Network; pass ")
+    assert "no learning curve of again" in " ".join(comparison["notes"])
 
 
 def test_a_system_that_cannot_be_timed_leaves_the_others_their_figures(

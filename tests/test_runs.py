@@ -62,6 +62,17 @@ def test_resuming_what_was_never_begun_begins_it(tmp_path: Path) -> None:
     assert train_text(options)["output_dir"] == str(tmp_path / "run")
 
 
+@pytest.mark.parametrize(("patience", "made", "kept"), [(None, 3, 3), (1, 2, 1)])
+def test_the_last_pass_is_kept_unless_there_is_patience(
+    tmp_path: Path, patience: int | None, made: int, kept: int
+) -> None:
+    """At a learning rate of nothing no pass is better than the first."""
+    options = {**QUICK, "epochs": 3, "patience": patience, "learning_rate": 1e-12}
+    train_text(TrainOptions(**options, output_dir=tmp_path / "run"))
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert (metrics["epochs_run"], metrics["best_epoch"]) == (made, kept)
+
+
 def test_a_resumed_run_must_have_the_same_options_and_data(tmp_path: Path) -> None:
     options = {**QUICK, "output_dir": tmp_path / "run"}
     first = train_text(TrainOptions(**options))

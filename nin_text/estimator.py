@@ -140,7 +140,7 @@ class NiNTextClassifier(ClassifierMixin, BaseEstimator):
         batch_size: int | None = None,
         dropout: float | None = None,
         class_weight: str | dict[Any, float] | None = None,
-        early_stopping: bool = False,
+        early_stopping: bool = True,
         validation_fraction: float = 0.1,
         n_iter_no_change: int = 3,
         warm_start: bool = False,

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,7 +48,9 @@ class Learner:
         prior_scales: factors on network and n-grams taken for likely beforehand, for `stages.fuse`.
         pseudo_labelled: unlabelled texts to which the n-gram branch has been fitted, too.
         keep_best_epoch: see `text_trainer`.
-        ngram_scale: the factor on the branch, as it is fitted to labels and answers, in the end.
+        network_scale, ngram_scale: the factors that `stages.fuse` found, the second for the branch
+            as it is fitted to labels and answers in the end.
+        last: epochs and texts of the last training, and the weights before it, for `refit`.
     """
 
     options: TrainOptions
@@ -61,10 +64,14 @@ class Learner:
     prior_scales: tuple[float, float] = (1.0, 1.0)
     pseudo_labelled: stages.PseudoLabelled | None = None
     keep_best_epoch: bool = True
+    network_scale: float = 1.0
     ngram_scale: float = 1.0
+    last: tuple[int, EncodedTexts, dict[str, Any]] | None = None
 
     def train(self, name: str, epochs: int, texts: EncodedTexts) -> TextTrainer:
         """Train the model, and weigh it against the n-grams."""
+        if self.options.refit:
+            self.last = epochs, texts, copy.deepcopy(self.model.state_dict())
         trainer = text_trainer(
             self.model,
             self.tokenizer,
@@ -79,7 +86,40 @@ class Learner:
         trainer.train_or_resume()
         self.seconds[name] = trainer.seconds
         if getattr(trainer.best_model, "ngrams", None) is not None:
-            self.ngram_scale = stages.fuse(trainer, self.prior_scales)
+            self.network_scale, self.ngram_scale = stages.fuse(trainer, self.prior_scales)
+        return trainer
+
+    def refit(self) -> TextTrainer:
+        """Repeat the last training on training and validation split together, with all passes.
+
+        What is to be said of the validation split must have been computed before. The n-grams are
+        left to `stages.refit_ngrams`.
+        """
+        assert self.last is not None
+        epochs, texts, start = self.last
+        labels = self.validation.labels
+        if texts.labels.ndim > labels.ndim:  # probabilities
+            labels = np.eye(texts.labels.shape[1], dtype=texts.labels.dtype)[labels]
+        both = EncodedTexts(
+            [*texts.rows, *self.validation.rows], np.concatenate([texts.labels, labels])
+        )
+        self.model.load_state_dict(start)
+        trainer = text_trainer(
+            self.model,
+            self.tokenizer,
+            self.options,
+            self.checkpoints / "refit",
+            both,
+            None,
+            epochs=epochs,
+            device=self.device,
+        )
+        trainer.train_or_resume()
+        self.seconds["refit"] = trainer.seconds
+        best = trainer.best_model
+        if getattr(best, "ngrams", None) is not None:
+            assert isinstance(best, NiNTextForSequenceClassification)
+            best.rescale(self.network_scale, 1.0)
         return trainer
 
     def pretrain(

@@ -72,7 +72,7 @@ PRECISION_HELP = "bf16, fp32, or auto for bf16 where the processor multiplies it
 NIN_ONLY = (
     "pooling pointwise_layers word_dropout dropout class_weights label_smoothing ngrams "
     "ngram_buckets ngram_smoothing pretrain_epochs pretrain_learning_rate mlm_probability "
-    "self_training_epochs init_embeddings teacher unlabelled_file compile"
+    "self_training_epochs init_embeddings teacher unlabelled_file refit compile"
 ).split()
 ENCODER_OPTIONS = "pooling pointwise_layers init_embeddings".split()
 TOKENIZER_OPTIONS = "tokenizer vocab_size lowercase".split()
@@ -259,6 +259,10 @@ class TrainOptions(CommonOptions, LearningOptions):
     patience: int = option(
         "stop after this many epochs without a better validation score, and keep the best; 0 for "
         "all epochs, and the last"
+    )
+    refit: bool = option(
+        "when all is chosen and weighed, train the network again on training and validation split "
+        "together; n-grams are fitted to both in any case"
     )
     precision: str = option(PRECISION_HELP, "auto", choices=PRECISIONS)
     compile: bool = option(

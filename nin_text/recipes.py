@@ -10,6 +10,7 @@ _LABELS_ALONE: dict[str, Any] = {
     "ngrams": 0,
     "pretrain_epochs": 0,
     "self_training_epochs": 0,
+    "refit": False,
 }
 _FROM_SCRATCH: dict[str, Any] = {
     **_LABELS_ALONE,
@@ -17,7 +18,6 @@ _FROM_SCRATCH: dict[str, Any] = {
     "learning_rate": 1e-3,
     "weight_decay": 0.01,
     "tokenizer": "word",
-    "patience": 3,
 }
 
 # Values of the options of `TrainOptions` by those names.
@@ -32,7 +32,7 @@ DEFAULT_RECIPE: dict[str, Any] = {
     "vocab_size": 30_000,
     "max_length": 0,
     "ema_decay": 0.99,
-    "patience": 0,
+    "patience": 3,
     "label_smoothing": 0.0,
     "ngrams": 3,
     "ngram_smoothing": 0.5,
@@ -40,6 +40,7 @@ DEFAULT_RECIPE: dict[str, Any] = {
     "pretrain_learning_rate": 2e-3,
     "mlm_probability": 0.0,
     "self_training_epochs": 2,
+    "refit": False,
 }
 
 # What differs for a model, whatever it learns; "fine-tuning" is for all that are not named.
@@ -77,6 +78,19 @@ DATASET_RECIPES: dict[str, dict[str, Any]] = {
     # Smoothing: on reviews of other films, see docs/experiments.md; validation shares the films.
     "imdb": {"pretrain_epochs": 2, "epochs": 2, "ngram_smoothing": 5.0},
     "ag_news": {"epochs": 4},
-    "sst2": {"pretrain_epochs": 0, "epochs": 4, "batch_size": 128, "dropout": 0.5},
-    "trec": {"tokenizer": "word", "ngrams": 2, "epochs": 20, "dropout": 0.5},
+    "sst2": {
+        "pretrain_epochs": 0,
+        "epochs": 4,
+        "patience": 0,
+        "batch_size": 128,
+        "dropout": 0.5,
+    },
+    "trec": {
+        "tokenizer": "word",
+        "ngrams": 2,
+        "epochs": 20,
+        "patience": 0,
+        "dropout": 0.5,
+        "refit": True,
+    },
 }

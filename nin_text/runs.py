@@ -112,8 +112,14 @@ def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dic
 
     score("validation")
     mistakes = _mistakes(options, dataset, trainer, tokenizer, answers["validation"])
+    if options.refit:
+        with run_folder.saying_where(folder):
+            trainer = learner.refit()
+        metrics["stage_seconds"]["refit"] = round(trainer.seconds, 2)
+        metrics["train_seconds"] = round(sum(seconds.values()), 2)
     if options.ngrams:
-        stages.refit_ngrams(trainer, encoded["train"], learner.ngram_scale, learner.pseudo_labelled)
+        splits = encoded["train"], encoded["validation"]
+        stages.refit_ngrams(trainer, *splits, learner.ngram_scale, learner.pseudo_labelled)
     models.round_weights(trainer.best_model, options.save_dtype)
     # All that it took to make the classifier, reading the data left out.
     metrics["fit_seconds"] = round(before + time.perf_counter() - started, 2)

@@ -5,7 +5,8 @@
 3. `pretrain` the encoder;
 4. training on the labels, and `fuse`: network and n-grams are weighed against each other;
 5. `pseudo_label` the unlabelled texts (Lee 2013), train again on them and the labelled, `fuse`;
-6. `refit_ngrams` to training and validation split.
+6. `refit_ngrams` to training and validation split, after the last training is repeated on both
+   (`Learner.refit`), if asked for.
 
 With teachers, the network learns in 4 what `ask_teachers` brings (distillation, Hinton et al. 2015,
 arXiv 1503.02531), and 5 is left out. If few texts are labelled and many are not, the pseudo-labels
@@ -164,7 +165,7 @@ def pretrain(
     return trainer.seconds
 
 
-def fuse(trainer: TextTrainer, prior: Sequence[float]) -> float:
+def fuse(trainer: TextTrainer, prior: Sequence[float]) -> tuple[float, float]:
     """Weigh network and n-grams against each other by the log loss of the validation split.
 
     Few validation texts may say anything by chance: they have to outweigh the prior.
@@ -174,7 +175,7 @@ def fuse(trainer: TextTrainer, prior: Sequence[float]) -> float:
         prior: factors on network and n-grams, see `cautious_scales`.
 
     Returns:
-        The factor on the n-grams, for `refit_ngrams`.
+        The factors on network and n-grams, for those that are fitted again.
     """
     model, validation = trainer.best_model, trainer.eval_dataset
     assert isinstance(model, NiNTextForSequenceClassification)
@@ -183,12 +184,13 @@ def fuse(trainer: TextTrainer, prior: Sequence[float]) -> float:
     scales = stacking.cautious_scales([network, added], validation.labels, prior)
     model.rescale(*scales)
     logger.info("weights of network and n-grams: %.3f, %.3f", *scales)
-    return float(scales[1])
+    return float(scales[0]), float(scales[1])
 
 
 def refit_ngrams(
     trainer: TextTrainer,
     train: EncodedTexts,
+    validation: EncodedTexts,
     scale: float,
     pseudo_labelled: PseudoLabelled | None = None,
 ) -> None:
@@ -197,12 +199,12 @@ def refit_ngrams(
     Whatever is to be said of the validation split must have been computed before.
 
     Args:
-        trainer: has the classifier, fused, and the validation split.
-        train: the labelled texts that the branch was fitted to.
+        trainer: has the classifier, fused.
+        train, validation: the labelled texts; the branch was fitted to the first.
         scale: the factor that `fuse` found for it.
         pseudo_labelled: what else it was fitted to.
     """
-    model, validation = trainer.best_model, trainer.eval_dataset
+    model = trainer.best_model
     assert isinstance(model, NiNTextForSequenceClassification)
     labels = np.concatenate([train.labels, validation.labels])
     rows = [*train.rows, *validation.rows]

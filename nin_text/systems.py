@@ -44,6 +44,7 @@ from nin_text.options import (
     trained_max_length,
 )
 from nin_text.predictor import Predictor
+from nin_text.recipes import DATASET_RECIPES, DEFAULT_RECIPE
 from nin_text.report import METRICS_FILE, write_json
 from nin_text.run_folder import ANSWERS_FILE, OPTIONS_FILE
 from nin_text.runs import train_text
@@ -194,10 +195,13 @@ class TrainedNetwork(_Network):
         self.spec = spec
         if spec in PRESET_NAMES:
             self.kind = "nin"
+            recipe = DEFAULT_RECIPE | DATASET_RECIPES.get(options.dataset, {})
+            kept = "best pass by validation accuracy" if recipe["patience"] else "last pass"
+            again = "both are" if recipe["refit"] else "the n-grams are"
             self.description = (
-                "Network in Network with n-gram evidence, trained with its recipe for this data "
-                "set. The last pass is kept, network and n-grams are weighed on the validation "
-                "split, then the n-grams are fitted again to training and validation split."
+                f"Network in Network with n-gram evidence, trained with its recipe for this data "
+                f"set. The {kept} is kept, network and n-grams are weighed on the validation "
+                f"split, then {again} fitted again to training and validation split."
             )
         elif spec in NETWORK_NAMES:
             self.description = (

@@ -457,7 +457,7 @@ def text_trainer(
     options: TrainOptions,
     folder: Path,
     train: EncodedTexts,
-    validation: EncodedTexts,
+    validation: EncodedTexts | None,
     *,
     epochs: int,
     device: torch.device,
@@ -470,23 +470,27 @@ def text_trainer(
         tokenizer: goes into the checkpoints.
         options: with the recipe filled in.
         folder: for checkpoints; the progress bar has its name.
-        train, validation: what to learn from, and what to judge by.
+        train, validation: what to learn from, and what to judge by; None to judge nothing, make
+            all passes and keep the last.
         epochs: passes over `train`.
         device: where to compute.
         keep_best_epoch: whether `options.patience`, if there is any, is heeded: keep the pass that
             is right most often, or with several labels a text that of least loss, and stop early.
             Else all passes are made and the last is kept.
     """
-    keep_best_epoch = keep_best_epoch and options.patience > 0
+    keep_best_epoch = keep_best_epoch and options.patience > 0 and validation is not None
     settings = training_arguments(
         folder,
         epochs=epochs,
         learning_rate=options.learning_rate,
         weight_decay=options.weight_decay,
+        evaluate=validation is not None,
         **shared_arguments(options, device),
     )
     settings.load_best_model_at_end = keep_best_epoch
-    if validation.labels.ndim == 2:  # "no" to each of many labels is nearly always right
+    if (
+        validation is not None and validation.labels.ndim == 2
+    ):  # "no" to each of many labels is nearly always right
         settings.metric_for_best_model, settings.greater_is_better = "loss", False
     return TextTrainer(
         model=model,

@@ -376,9 +376,7 @@ def test_finished_runs_are_described_by_what_they_are(
     again = tmp_path / "again"
     options = {"epochs": 2, "ngrams": 0, "patience": 1, "quiet": True}
     dataset = load_text_dataset("demo_reviews", limit=60)
-    train_text(
-        TrainOptions(limit=60, model=str(trained), output_dir=again, **options), dataset
-    )
+    train_text(TrainOptions(limit=60, model=str(trained), output_dir=again, **options), dataset)
     result = compare("demo_reviews", tmp_path / "out", str(again), limit=60, curve=[30])
     assert list(result["systems"]) == ["again"]
     comparison = read(tmp_path / "out")

@@ -30,8 +30,7 @@ def test_many_rare_labels_are_learned_with_early_stopping() -> None:
     which = rng.integers(0, 60, 1200)
     texts = [f"some text about topic{i} and more words{rng.integers(50)}" for i in which]
     matrix = np.eye(60, dtype=int)[which]
-    settings = {"early_stopping": True, "epochs": 30, "random_state": 0, "n_jobs": 1}
-    model = NiNTextClassifier("nin-text-small", **settings)
+    model = NiNTextClassifier("nin-text-small", epochs=30, random_state=0, n_jobs=1)
     model.fit(texts, matrix)
     assert (model.predict_proba(texts[:200]).argmax(axis=1) == which[:200]).mean() > 0.8
 

@@ -62,9 +62,9 @@ def test_resuming_what_was_never_begun_begins_it(tmp_path: Path) -> None:
     assert train_text(options)["output_dir"] == str(tmp_path / "run")
 
 
-@pytest.mark.parametrize(("patience", "made", "kept"), [(None, 3, 3), (1, 2, 1)])
+@pytest.mark.parametrize(("patience", "made", "kept"), [(0, 3, 3), (1, 2, 1)])
 def test_the_last_pass_is_kept_unless_there_is_patience(
-    tmp_path: Path, patience: int | None, made: int, kept: int
+    tmp_path: Path, patience: int, made: int, kept: int
 ) -> None:
     """At a learning rate of nothing no pass is better than the first."""
     options = {**QUICK, "epochs": 3, "patience": patience, "learning_rate": 1e-12}
@@ -201,8 +201,11 @@ def whole(
     tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,
 ) -> tuple[dict, Path]:
-    """Options and folder of a run with unlabelled texts beside few labelled ones, or many."""
-    if request.param == "many":
+    """Options and folder of a run with unlabelled texts beside few labelled ones, or many.
+
+    "refit" is "many" with the last stage repeated.
+    """
+    if request.param != "few":
         monkeypatch.setattr(stacking, "FEW", 0)
     if request.param not in finished:
         finished[request.param] = run_with_unlabelled(tmp_path_factory, request.param)
@@ -232,18 +235,23 @@ def run_with_unlabelled(
         "epochs": 2,
         "self_training_epochs": 2,
     }
-    between = ["training"]
+    between, after = ["training"], []
     if labelled == "few":
         between = ["probe 1", "pretraining-again", "probe 2"]
+    elif labelled == "refit":
+        options["refit"], after = True, ["refit"]
     train_text(TrainOptions(**options, output_dir=folder / "run"))
     stages = json.loads((folder / "run" / "metrics.json").read_text())["stage_seconds"]
-    assert list(stages) == ["pretraining", *between, "self-training"]
+    assert list(stages) == ["pretraining", *between, "self-training", *after]
     return options, folder / "run"
 
 
 @pytest.mark.parametrize(
     ("whole", "saves"),
-    [("many", 1), ("many", 2), ("many", 3), ("many", 4), ("many", 5), ("few", 3), ("few", 4)],
+    [
+        *(("many", 1), ("many", 2), ("many", 3), ("many", 4), ("many", 5), ("few", 3), ("few", 4)),
+        ("refit", 7),
+    ],
     indirect=["whole"],
 )
 def test_a_run_interrupted_in_any_stage_ends_with_the_same_weights(
@@ -267,6 +275,29 @@ def test_a_run_interrupted_in_any_stage_ends_with_the_same_weights(
     metrics = json.loads((run / "metrics.json").read_text())
     assert resumed["test_accuracy"] == metrics["test"]["accuracy"]
     assert weights(tmp_path / "stopped") == weights(run)
+
+
+@pytest.mark.parametrize("ngrams", [0, 2])
+def test_refitting_adds_the_validation_split_once_all_has_been_said_of_it(
+    ngrams: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[tuple[int, bool]] = []
+    train = RunTrainer.train_or_resume
+
+    def record(self) -> None:
+        trained.append((len(self.train_dataset), self.eval_dataset is not None))
+        train(self)
+
+    monkeypatch.setattr(RunTrainer, "train_or_resume", record)
+    options = {**QUICK, "limit": 60, "ngrams": ngrams, "pretrain_epochs": 0, "patience": 1}
+    for name, refit in (("once", False), ("twice", True)):
+        train_text(TrainOptions(**options, refit=refit, output_dir=tmp_path / name))
+    once, twice = (load_file(tmp_path / name / ANSWERS_FILE) for name in ("once", "twice"))
+    assert trained == [(60, True), (60, True), (120, False)]
+    assert np.array_equal(once["validation"], twice["validation"])
+    assert not np.array_equal(once["test"], twice["test"])
+    metrics = json.loads((tmp_path / "twice" / "metrics.json").read_text())
+    assert metrics["train_seconds"] == pytest.approx(sum(metrics["stage_seconds"].values()), 0.1)
 
 
 @pytest.mark.parametrize("whole", ["few"], indirect=True)

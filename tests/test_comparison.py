@@ -63,8 +63,6 @@ def read(folder: Path) -> dict:
 def test_the_table_on_a_strangers_csv_is_right(pets: Path, tmp_path: Path) -> None:
     """Every figure is computed again here from the answers that were left."""
     both = ("tfidf-svm", "nb-logreg")
-    (tmp_path / "out" / "plots").mkdir(parents=True)
-    (tmp_path / "out" / "plots" / "of_an_earlier_comparison.svg").touch()  # empty: no SVG
     result = compare(
         pets, tmp_path / "out", *both, reference="nb-logreg", rounds=1, curve=[200, 30]
     )
@@ -106,9 +104,12 @@ def test_a_second_run_fits_only_what_is_missing(pets: Path, tmp_path: Path) -> N
     compare(pets, out, "tfidf-svm")
     first = out / "systems" / "tfidf-svm"
     before = {file: file.stat().st_mtime_ns for file in first.iterdir()}
+    stale = out / "plots" / "of_an_earlier_comparison.svg"
+    stale.touch()
     assert set(compare(pets, out, "tfidf-svm", "nb-logreg")["systems"]) == {
         *("tfidf-svm", "nb-logreg"),
     }
+    assert not stale.exists()
     assert {file: file.stat().st_mtime_ns for file in first.iterdir()} == before
     with pytest.raises(UserError, match=r"seed 0, not 1; .* --overwrite"):
         compare(pets, out, "tfidf-svm", seed=1)

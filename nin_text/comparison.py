@@ -377,7 +377,7 @@ def _time(
     try:
         for name, record in records.items():
             if "error" not in record:
-                place = folder / "systems" / records[name]["folder"]
+                place = folder / "systems" / record["folder"]
                 running[name] = processes.start(_answer_rounds, options, record, place, sample)
                 logger.info("warming up %s", name)
                 ask(name)

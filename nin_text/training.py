@@ -488,9 +488,8 @@ def text_trainer(
         **shared_arguments(options, device),
     )
     settings.load_best_model_at_end = keep_best_epoch
-    if (
-        validation is not None and validation.labels.ndim == 2
-    ):  # "no" to each of many labels is nearly always right
+    # "No" to each of many labels is nearly always right.
+    if validation is not None and validation.labels.ndim == 2:
         settings.metric_for_best_model, settings.greater_is_better = "loss", False
     return TextTrainer(
         model=model,

@@ -406,8 +406,8 @@ class CompareOptions(CommonOptions, LearningOptions):
     )
     overwrite: bool = option("start anew in an output folder that holds a comparison", False)
     quick: bool = option(
-        f"about two minutes: {QUICK_LIMIT:,} examples of each split and {QUICK_ROUNDS} rounds, unless "
-        f"--limit or --rounds says otherwise",
+        f"about two minutes: {QUICK_LIMIT:,} examples of each split and {QUICK_ROUNDS} rounds, "
+        f"unless --limit or --rounds says otherwise",
         False,
     )
 

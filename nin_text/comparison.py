@@ -75,7 +75,13 @@ def with_defaults(options: CompareOptions) -> CompareOptions:
             "fasttext is left out: it is not installed (pip install 'nin-text[compare]')"
         )
         options = replace(options, models=[name for name in options.models if name != FASTTEXT])
-    return options
+    reference = options.reference and _without_slash(options.reference)
+    return replace(options, models=[*map(_without_slash, options.models)], reference=reference)
+
+
+def _without_slash(spec: str) -> str:
+    """A folder has one name."""
+    return spec.rstrip("/") or spec
 
 
 def compare_text(options: CompareOptions) -> dict[str, Any]:
@@ -114,16 +120,16 @@ def _compare(
         for i, (name, spec) in enumerate(names.items(), start=1):
             logger.info("[%d of %d] %s", i, len(names), name)
             place = _place(folder / "systems", name, spec)
-            records[name] = _fitted(place, spec, options, dataset, sample) | {"folder": place.name}
+            records[name] = _fitted(place, spec, options, dataset, sample) | {"folder": place}
         if options.rounds:
-            _time(folder, records, options, sample)
+            _time(records, options, sample)
     except KeyboardInterrupt:
         logger.error(
             "stopped; the same command, without --overwrite, goes on with what is missing in %s",
             folder,
         )
         raise
-    comparison = _assemble(folder, options, dataset, records, sample)
+    comparison = _assemble(options, dataset, records, sample)
     report.write_json(folder / "comparison.json", comparison)
     plots = to_plots(comparison)
     for file, text in (("md", to_markdown(comparison)), ("html", to_html(comparison, plots))):
@@ -154,7 +160,7 @@ def system_names(specs: Sequence[str]) -> dict[str, str]:
         UserError: if a system is named twice.
     """
     names: dict[str, str] = {}
-    for spec in (spec if set(spec) == {"/"} else spec.rstrip("/") for spec in specs):
+    for spec in specs:
         if spec in names.values():
             raise UserError(f"--models names {spec} twice")
         prefix, _, rest = spec.rpartition(":")
@@ -357,9 +363,7 @@ def _fit(
 # ---- timing ------------------------------------------------------------------------------------
 
 
-def _time(
-    folder: Path, records: dict[str, dict[str, Any]], options: CompareOptions, sample: Sample
-) -> None:
+def _time(records: dict[str, dict[str, Any]], options: CompareOptions, sample: Sample) -> None:
     """Add `speed` to the record of every system; all their processes are alive at once."""
     running: dict[str, processes.Child] = {}
 
@@ -377,8 +381,9 @@ def _time(
     try:
         for name, record in records.items():
             if "error" not in record:
-                place = folder / "systems" / record["folder"]
-                running[name] = processes.start(_answer_rounds, options, record, place, sample)
+                running[name] = processes.start(
+                    _answer_rounds, options, record, record["folder"], sample
+                )
                 logger.info("warming up %s", name)
                 ask(name)
         for turn in range(options.rounds):
@@ -422,7 +427,6 @@ def _answer_rounds(
 
 
 def _assemble(
-    folder: Path,
     options: CompareOptions,
     dataset: TextDataset,
     records: dict[str, dict[str, Any]],
@@ -432,7 +436,7 @@ def _assemble(
     device = pick_device(options.device)
     lengths = count_tokens(dataset.splits["test"].texts)
     tested = {
-        name: _judge(folder / "systems" / record["folder"], dataset, lengths)
+        name: _judge(record["folder"], dataset, lengths)
         for name, record in records.items()
         if "error" not in record and record["kind"] != "architecture"
     }
@@ -443,8 +447,7 @@ def _assemble(
         if name in tested:
             judged, correct = tested[name]
             entry |= judged
-            place = folder / "systems" / record["folder"]
-            entry["curve"] = _curve(place, options, dataset, judged)
+            entry["curve"] = _curve(record["folder"], options, dataset, judged)
             if reference != name:
                 entry["versus_reference"] = paired_difference(correct, tested[reference][1])
         entries.append(entry)

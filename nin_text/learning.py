@@ -72,21 +72,27 @@ class Learner:
         """Train the model, and weigh it against the n-grams."""
         if self.options.refit:
             self.last = epochs, texts, copy.deepcopy(self.model.state_dict())
+        trainer = self._trained(name, epochs, texts, self.validation)
+        if getattr(trainer.best_model, "ngrams", None) is not None:
+            self.network_scale, self.ngram_scale = stages.fuse(trainer, self.prior_scales)
+        return trainer
+
+    def _trained(
+        self, name: str, epochs: int, texts: EncodedTexts, validation: EncodedTexts | None
+    ) -> TextTrainer:
         trainer = text_trainer(
             self.model,
             self.tokenizer,
             self.options,
             self.checkpoints / name,
             texts,
-            self.validation,
+            validation,
             epochs=epochs,
             keep_best_epoch=self.keep_best_epoch,
             device=self.device,
         )
         trainer.train_or_resume()
         self.seconds[name] = trainer.seconds
-        if getattr(trainer.best_model, "ngrams", None) is not None:
-            self.network_scale, self.ngram_scale = stages.fuse(trainer, self.prior_scales)
         return trainer
 
     def refit(self) -> TextTrainer:
@@ -104,18 +110,7 @@ class Learner:
             [*texts.rows, *self.validation.rows], np.concatenate([texts.labels, labels])
         )
         self.model.load_state_dict(start)
-        trainer = text_trainer(
-            self.model,
-            self.tokenizer,
-            self.options,
-            self.checkpoints / "refit",
-            both,
-            None,
-            epochs=epochs,
-            device=self.device,
-        )
-        trainer.train_or_resume()
-        self.seconds["refit"] = trainer.seconds
+        trainer = self._trained("refit", epochs, both, None)
         best = trainer.best_model
         if getattr(best, "ngrams", None) is not None:
             assert isinstance(best, NiNTextForSequenceClassification)

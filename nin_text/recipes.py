@@ -10,7 +10,6 @@ _LABELS_ALONE: dict[str, Any] = {
     "ngrams": 0,
     "pretrain_epochs": 0,
     "self_training_epochs": 0,
-    "refit": False,
 }
 _FROM_SCRATCH: dict[str, Any] = {
     **_LABELS_ALONE,

@@ -115,6 +115,7 @@ def train_text(options: TrainOptions, dataset: TextDataset | None = None) -> dic
     if options.refit:
         with run_folder.saying_where(folder):
             trainer = learner.refit()
+        before += trainer.seconds_before
         metrics["stage_seconds"]["refit"] = round(trainer.seconds, 2)
         metrics["train_seconds"] = round(sum(seconds.values()), 2)
     if options.ngrams:

@@ -339,7 +339,7 @@ def test_a_folder_is_not_taken_over_from_another_system_of_its_name(
     }
     folders = tmp_path / "out" / "systems"
     for place in ("a", "b", "a"):
-        compare(pets, tmp_path / "out", f"{specs[place]}/")
+        compare(pets, tmp_path / "out", f"{specs[place]}/", reference=f"{specs[place]}/")
         fitted = {
             json.loads(path.read_text(encoding="utf-8"))["spec"]: path.stat().st_mtime_ns
             for path in folders.glob("*/system.json")

@@ -1,15 +1,9 @@
-"""Image data: every layout in which the known sets are handed out, on files made here."""
+"""Image data: every layout in which sets are handed out, on files made here."""
 
 from __future__ import annotations
 
 import base64
-import codecs
-import gzip
 import io
-import pickle
-import struct
-import tarfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,100 +12,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from image_layouts import (
+    CIFAR10,
+    CLASSES,
+    TEST,
+    TRAIN,
+    cifar10_binary,
+    class_folders,
+    labels,
+    pictures,
+    png,
+)
 from PIL import Image
-from scipy.io import savemat
 
-from nin_text import UserError, image_files, load_image_dataset
-from nin_text.image_data import KNOWN, ImageDataset, decode
-
-CLASSES = KNOWN["cifar10"].labels or ()
-
-
-def pictures(n: int, size: int = 32, channels: int = 3, seed: int = 0) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    return rng.integers(0, 256, (n, size, size, channels), dtype=np.uint8)
-
-
-def labels(n: int, classes: int = 10) -> list[int]:
-    return [i % classes for i in range(n)]
-
-
-def png(pixels: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels.squeeze()).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def planes(images: np.ndarray) -> np.ndarray:
-    """(n, 32, 32, 3) to (n, 3072), all of red, then green, then blue."""
-    return images.transpose(0, 3, 1, 2).reshape(len(images), -1)
-
-
-# What each layout's files hold: 60 training and 20 test images, of 10 (or 20) classes in turn.
-TRAIN, TEST = pictures(60, seed=1), pictures(20, seed=2)
-
-
-def cifar10_binary(folder: Path) -> None:
-    folder.mkdir(parents=True)
-    parts = {f"data_batch_{i + 1}.bin": TRAIN[12 * i : 12 * i + 12] for i in range(5)}
-    start = 0
-    for name, images in [*parts.items(), ("test_batch.bin", TEST)]:
-        truth = labels(20) if "test" in name else labels(60)[start : start + 12]
-        start += 12
-        records = np.concatenate([np.array(truth, np.uint8)[:, None], planes(images)], axis=1)
-        (folder / name).write_bytes(records.tobytes())
-    (folder / "batches.meta.txt").write_text("\n".join(CLASSES) + "\n\n")
-
-
-def cifar10_pickles(folder: Path) -> None:
-    folder.mkdir(parents=True)
-    for i in range(5):
-        batch = {b"data": planes(TRAIN[12 * i : 12 * i + 12]), b"labels": labels(60)[12 * i :][:12]}
-        (folder / f"data_batch_{i + 1}").write_bytes(pickle.dumps(batch, protocol=2))
-    test = {b"data": planes(TEST), b"labels": labels(20)}
-    (folder / "test_batch").write_bytes(pickle.dumps(test, protocol=2))
-    meta = {b"label_names": [name.encode() for name in CLASSES]}
-    (folder / "batches.meta").write_bytes(pickle.dumps(meta, protocol=2))
-
-
-def archived(write: Callable[[Path], None], inner: str, archive: str) -> Callable[[Path], None]:
-    def write_archive(folder: Path) -> None:
-        write(folder / "aside" / inner)
-        with tarfile.open(folder / archive, "w:gz") as file:
-            file.add(folder / "aside" / inner, inner)
-        for path in (folder / "aside" / inner).iterdir():
-            path.unlink()
-        (folder / "aside" / inner).rmdir()
-        (folder / "aside").rmdir()
-
-    return write_archive
-
-
-def parquet(folder: Path) -> None:
-    folder.mkdir(parents=True)
-    for name, images in (("train-00000-of-00001", TRAIN), ("test-00000-of-00001", TEST)):
-        cells = [{"bytes": png(image), "path": None} for image in images]
-        table = pa.table({"img": cells, "label": labels(len(images))})
-        pq.write_table(table, folder / f"{name}.parquet")
-
-
-def class_folders(folder: Path) -> None:
-    for split, images in (("train", TRAIN), ("test", TEST)):
-        for i, (image, label) in enumerate(zip(images, labels(len(images)), strict=True)):
-            path = folder / split / CLASSES[label] / f"{i:05d}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(png(image))
-
-
-CIFAR10 = {
-    "binary": cifar10_binary,
-    "binary in its folder": lambda folder: cifar10_binary(folder / "cifar-10-batches-bin"),
-    "binary archive": archived(cifar10_binary, "cifar-10-batches-bin", "cifar-10-binary.tar.gz"),
-    "pickles": cifar10_pickles,
-    "pickle archive": archived(cifar10_pickles, "cifar-10-batches-py", "cifar-10-python.tar.gz"),
-    "Parquet": parquet,
-    "class folders": class_folders,
-}
+from nin_text import UserError, load_image_dataset
+from nin_text.image_data import ImageDataset, decode
 
 
 def in_order(data: ImageDataset) -> None:
@@ -165,63 +80,6 @@ def test_cifar_10_is_read_from_the_hubs_form(
     monkeypatch.delenv("NIN_TEXT_DATA", raising=False)
     in_order(load_image_dataset("cifar10"))
     assert asked == ["uoft-cs/cifar10"]
-
-
-@pytest.mark.parametrize("layout", ["binary", "pickles"])
-def test_cifar_100_has_its_fine_labels(layout: str, tmp_path: Path) -> None:
-    folder = tmp_path / "cifar100"
-    folder.mkdir()
-    fine = {"train": labels(60, 20), "test": labels(20, 20)}
-    for split, images in (("train", TRAIN), ("test", TEST)):
-        coarse = [0] * len(images)
-        if layout == "binary":
-            heads = np.array([coarse, fine[split]], np.uint8).T
-            records = np.concatenate([heads, planes(images)], axis=1)
-            (folder / f"{split}.bin").write_bytes(records.tobytes())
-        else:
-            batch = {b"data": planes(images), b"fine_labels": fine[split], b"coarse_labels": coarse}
-            (folder / split).write_bytes(pickle.dumps(batch, protocol=2))
-    data = load_image_dataset("cifar100", data_dir=tmp_path)
-    assert data.splits["test"].labels == fine["test"]
-    assert len(data.label_names) == 20
-    assert np.array_equal(data.splits["test"].images, TEST)
-
-
-def write_idx(folder: Path, images: np.ndarray, truth: list[int], name: str, zipped: bool) -> None:
-    files = {
-        f"{name}-images-idx3-ubyte": struct.pack(">4i", 2051, len(images), *images.shape[1:3])
-        + images.tobytes(),
-        f"{name}-labels-idx1-ubyte": struct.pack(">2i", 2049, len(truth)) + bytes(truth),
-    }
-    for file, data in files.items():
-        if zipped:
-            (folder / f"{file}.gz").write_bytes(gzip.compress(data))
-        else:
-            (folder / file).write_bytes(data)
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_mnists_own_format_is_read(zipped: bool, tmp_path: Path) -> None:
-    folder = tmp_path / "fashion_mnist"
-    folder.mkdir()
-    train, test = pictures(40, 28, 1), pictures(20, 28, 1, seed=3)
-    write_idx(folder, train, labels(40), "train", zipped)
-    write_idx(folder, test, labels(20), "t10k", zipped)
-    data = load_image_dataset("fashion_mnist", data_dir=tmp_path)
-    assert np.array_equal(data.splits["test"].images, test)
-    assert data.splits["test"].labels == labels(20)
-    assert data.label_names[9] == "ankle boot"
-
-
-def test_svhns_matrices_are_read_and_their_ten_is_a_zero(tmp_path: Path) -> None:
-    folder = tmp_path / "svhn"
-    folder.mkdir()
-    for split, images in (("train", TRAIN), ("test", TEST)):
-        y = np.array([[label or 10] for label in labels(len(images))], np.uint8)
-        savemat(folder / f"{split}_32x32.mat", {"X": images.transpose(1, 2, 3, 0), "y": y})
-    data = load_image_dataset("svhn", data_dir=tmp_path)
-    assert data.splits["test"].labels == labels(20)
-    assert np.array_equal(data.splits["test"].images, TEST)
 
 
 def test_a_folder_of_photographs_of_all_sizes(tmp_path: Path) -> None:
@@ -422,145 +280,12 @@ def test_the_real_sets_are_whole(name: str, real_data: Path) -> None:
     assert len(set(data.splits["test"].labels)) == 10
 
 
-# ---- damaged and hostile files -----------------------------------------------------------------
-
-
-class Hostile:
-    """A pickle that creates a file when it is loaded."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple:
-        return (Path.touch, (self.path,))
-
-
-def test_a_pickle_that_would_run_code_is_refused_and_runs_none(tmp_path: Path) -> None:
-    folder, mark = tmp_path / "cifar10", tmp_path / "mark"
-    cifar10_pickles(folder)
-    (folder / "data_batch_3").write_bytes(pickle.dumps(Hostile(mark)))
-    with pytest.raises(UserError, match="which no image file needs"):
-        load_image_dataset("cifar10", data_dir=tmp_path)
-    assert not mark.exists()
-    pickle.loads((folder / "data_batch_3").read_bytes())
-    assert mark.exists()  # an ordinary unpickler would have run it
-
-
-class Reduced:
-    """A pickle that calls a function."""
-
-    def __init__(self, *call: Any) -> None:
-        self.call = call
-
-    def __reduce__(self) -> tuple:
-        return self.call
-
-
-def test_pickles_that_hold_more_than_arrays_of_integers_are_refused(tmp_path: Path) -> None:
-    rows = planes(TRAIN[:12])
-    cifar10_pickles(tmp_path / "cifar10")
-    path = tmp_path / "cifar10" / "data_batch_3"
-    for data, message in (
-        (np.array([Hostile(tmp_path)], dtype=object), "an array of type 'O8'"),
-        (rows.astype(np.float32), "an array of type 'f4'"),
-        (Reduced(codecs.encode, ("x", "zlib")), "the encoding 'zlib'"),
-        (Reduced(np.ndarray, ((2**40,),)), "cannot be read"),
-        (Reduced(np.zeros, ((2**40,),)), "which no image file needs"),
-    ):
-        path.write_bytes(pickle.dumps({b"data": data, b"labels": labels(12)}, protocol=2))
-        with pytest.raises(UserError, match=message):
-            load_image_dataset("cifar10", data_dir=tmp_path)
-    # "The next object is the 2,147,483,647th": the unpickler in C makes room for all of them.
-    path.write_bytes(b"\x80\x02]r\xff\xff\xff\x7f.")
-    with pytest.raises(UserError, match="cannot be read"):
-        load_image_dataset("cifar10", data_dir=tmp_path)
-    batch = {b"data": rows, b"labels": np.array(labels(12))}  # no list, but integers
-    path.write_bytes(pickle.dumps(batch, protocol=2))
-    assert len(load_image_dataset("cifar10", data_dir=tmp_path).splits["train"]) == 54
-
-
-def test_files_that_claim_or_unpack_to_more_than_memory_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(image_files, "MAX_UNPACKED", 2**16)
-    monkeypatch.setattr(image_files, "CHUNK_BYTES", 2**12)
-    folder = tmp_path / "mnist"
-    folder.mkdir()
-    write_idx(folder, pictures(40, 28, 1), labels(40), "train", False)
-    # 2**64 bytes, which 64 bits count as none.
-    header = struct.pack(">4I", 2051, 2**31, 2**31, 4)
-    (folder / "train-images-idx3-ubyte").write_bytes(header)
-    with pytest.raises(UserError, match="damaged or cut short"):
-        load_image_dataset("mnist", data_dir=tmp_path)
-    (folder / "train-images-idx3-ubyte").unlink()
-    packed = folder / "train-images-idx3-ubyte.gz"
-    packed.write_bytes(gzip.compress(header + bytes(2**20)))
-    with pytest.raises(UserError, match="unpacks to more"):
-        load_image_dataset("mnist", data_dir=tmp_path)
-    packed.write_bytes(packed.read_bytes()[:60] + b"nonsense" + packed.read_bytes()[68:])
-    with pytest.raises(UserError, match="damaged"):
-        load_image_dataset("mnist", data_dir=tmp_path)
-
-
-def test_archives_that_are_damaged_within_or_unpack_to_too_much_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    CIFAR10["binary archive"](tmp_path / "cifar10")
-    archive = tmp_path / "cifar10" / "cifar-10-binary.tar.gz"
-    whole = archive.read_bytes()
-    archive.write_bytes(whole[:9000] + b"nonsense" * 100 + whole[9800:])
-    with pytest.raises(UserError, match=r"tar\.gz is damaged"):
-        load_image_dataset("cifar10", data_dir=tmp_path)
-    archive.write_bytes(whole)
-    monkeypatch.setattr(image_files, "MAX_UNPACKED", 2**12)
-    monkeypatch.setattr(image_files, "CHUNK_BYTES", 2**12)
-    with pytest.raises(UserError, match="unpacks to more"):
-        load_image_dataset("cifar10", data_dir=tmp_path)
-
-
 def test_an_image_of_more_pixels_than_anyone_has_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # 90 million
     with pytest.raises(UserError, match="decompression bomb"):
         decode(encoded(Image.new("1", (50, 50))), "x", None)
-
-
-def cut(path: Path, share: float = 0.6) -> None:
-    data = path.read_bytes()
-    path.write_bytes(data[: int(len(data) * share)])
-
-
-@pytest.mark.parametrize(
-    ("layout", "file"),
-    [
-        ("binary", "data_batch_2.bin"),
-        ("pickles", "data_batch_2"),
-        ("binary archive", "cifar-10-binary.tar.gz"),
-        ("Parquet", "train-00000-of-00001.parquet"),
-        ("class folders", "train/cat/00003.png"),
-    ],
-)
-def test_a_truncated_file_is_said_to_be_one(layout: str, file: str, tmp_path: Path) -> None:
-    folder = tmp_path / "cifar10"
-    CIFAR10[layout](folder)
-    cut(folder / file)
-    with pytest.raises(UserError) as caught:
-        load_image_dataset("cifar10", data_dir=tmp_path)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_a_truncated_idx_file_is_said_to_be_one(zipped: bool, tmp_path: Path) -> None:
-    folder = tmp_path / "mnist"
-    folder.mkdir()
-    write_idx(folder, pictures(40, 28, 1), labels(40), "train", zipped)
-    cut(folder / f"train-images-idx3-ubyte{'.gz' * zipped}")
-    with pytest.raises(UserError, match="damaged"):
-        load_image_dataset("mnist", data_dir=tmp_path)
-    cut(folder / f"train-images-idx3-ubyte{'.gz' * zipped}", 0)
-    with pytest.raises(UserError, match="damaged"):
-        load_image_dataset("mnist", data_dir=tmp_path)
 
 
 def test_splits_may_be_written_with_capitals(tmp_path: Path) -> None:

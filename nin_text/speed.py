@@ -46,6 +46,7 @@ from nin_text.speed_systems import (
     padded,
     random_model,
     random_weights,
+    recipe_of,
     svm,
     training_step,
 )
@@ -256,7 +257,7 @@ class _Benchmark:
             entries[f"{name}: {stage}"] = Entry(
                 partial(predictor.map, partial(_logits, part), encoded), count, tokens
             )
-        step = training_step(folder, predictor, self.dataset.splits["train"].texts[:SAMPLE])
+        step = training_step(predictor, self.dataset, recipe_of(name, self.dataset))
         return entries | {f"{name}: training": Entry(*step)}
 
     def _others(self, fits: dict[str, float]) -> dict[str, Entry]:

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
-    PreTrainedTokenizerFast,
 )
 
 from nin_text import export, models
@@ -30,7 +29,14 @@ from nin_text.data import TextDataset
 from nin_text.errors import UserError
 from nin_text.evaluation import batches_by_length, pad, predict_logits
 from nin_text.inference import PaddedPredictor
-from nin_text.options import PACKAGED, PRESET_NAMES, PredictOptions, model_folder
+from nin_text.options import (
+    PACKAGED,
+    PRESET_NAMES,
+    PredictOptions,
+    TrainOptions,
+    model_folder,
+    with_recipe,
+)
 from nin_text.predictor import Predictor
 from nin_text.recipes import DEFAULT_RECIPE
 from nin_text.text import NiNTextForSequenceClassification
@@ -41,48 +47,48 @@ Answer = Callable[[Sequence[str]], Any]
 MINILM = "all-MiniLM-L6-v2"
 MINILM_TOKENS = 256  # its texts are cut to
 MINILM_BATCH = 8192  # tokens
-TOKENIZER_TEXTS = 10_000  # that a tokenizer is trained on
-BUCKETS = 2**20  # rows of a random n-gram table of two classes
+TOKENIZER_TEXTS = 10_000  # that its tokenizer is trained on, if it is not installed
+BUCKETS = 2**20  # rows of the n-gram table of a model of any size, if its classes are few
 SVM_C = 0.3
 
 
-def random_model(name: str, dataset: TextDataset, folder: Path) -> Path:
-    """The folder of a saved model, or one that is made of a preset, with random weights.
+def recipe_of(name: str, dataset: TextDataset) -> TrainOptions:
+    """How `train_text.py` would train a model on a data set.
 
     Args:
         name: preset, ready-made model or run folder.
-        dataset: its training texts make the tokenizer of a preset.
+    """
+    options = TrainOptions(dataset=dataset.name, model=name)
+    return with_recipe(options, len(dataset.splits["train"]))
+
+
+@torch.no_grad()
+def random_model(name: str, dataset: TextDataset, folder: Path) -> Path:
+    """The folder of a saved model, or of a preset as it is before training, with random n-grams.
+
+    Args:
+        name: preset, ready-made model or run folder.
+        dataset: its training texts make the tokenizer, and the sizes, of a preset.
         folder: is filled if `name` is a preset.
     """
     if name not in PRESET_NAMES:
         return Path(model_folder(name))
-    tokenizer = _tokenizer(dataset)
-    model = _random(name, len(dataset.label_names), len(tokenizer))
+    train = dataset.splits["train"]
+    model: Any
+    model, tokenizer = models.build(
+        recipe_of(name, dataset), train.texts, train.labels, dataset.label_names
+    )
+    model.ngrams.weight.normal_(std=0.1)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
-def _tokenizer(dataset: TextDataset) -> PreTrainedTokenizerFast:
-    """One of the default size, trained on a part of the training texts."""
-    return cached_tokenizer(
-        dataset.splits["train"].texts[:TOKENIZER_TEXTS],
-        kind="wordpiece",
-        vocab_size=DEFAULT_RECIPE["vocab_size"],
-        lowercase=True,
-    )
-
-
+@torch.no_grad()
 def random_weights(
     name: str, classes: int, vocab_size: int
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Configuration and weights of a preset."""
-    model = _random(name, classes, vocab_size)
-    return model.config.to_dict(), model.state_dict()
-
-
-@torch.no_grad()
-def _random(name: str, classes: int, vocab_size: int) -> NiNTextForSequenceClassification:
+    """Configuration and weights of a preset of any size."""
     names = [str(i) for i in range(classes)]
     config = NiNTextConfig.from_preset(
         name,
@@ -98,7 +104,7 @@ def _random(name: str, classes: int, vocab_size: int) -> NiNTextForSequenceClass
     model = NiNTextForSequenceClassification(config).eval()
     assert model.ngrams is not None
     model.ngrams.weight.normal_(std=0.1)
-    return model
+    return model.config.to_dict(), model.state_dict()
 
 
 def padded(folder: Path, predictor: Predictor) -> Answer:
@@ -109,16 +115,17 @@ def padded(folder: Path, predictor: Predictor) -> Answer:
 
 
 def training_step(
-    folder: Path, predictor: Predictor, texts: Sequence[str]
+    predictor: Predictor, dataset: TextDataset, recipe: TrainOptions
 ) -> tuple[Callable[[], None], int, int]:
-    """One step of training on a batch of the default size: forward, backward and AdamW.
+    """One step of training on a batch as the recipe makes it: forward, backward and AdamW.
 
     Returns:
         The step, and how many texts and tokens are in its batch.
     """
-    model: Any = models.load_classifier(str(folder)).to(predictor.device).train()  # type: ignore[arg-type]
-    ids, lengths = predictor.tokenizer.encode(texts)
-    count = int(np.searchsorted(lengths.cumsum(), DEFAULT_RECIPE["batch_tokens"])) or 1
+    model: Any = models.load_classifier(str(predictor.folder))
+    model.to(predictor.device).train()
+    ids, lengths = predictor.tokenizer.encode(dataset.splits["train"].texts[: recipe.batch_size])
+    count = int(np.searchsorted(lengths.cumsum(), recipe.batch_tokens)) or 1
     rows = np.split(ids, lengths.cumsum())[:count]
     input_ids, mask = (tensor.to(predictor.device) for tensor in pad(rows, 0))
     labels = torch.arange(count, device=predictor.device) % model.config.num_labels
@@ -203,7 +210,7 @@ def minilm(dataset: TextDataset) -> tuple[MiniLM, str]:
         folder = models.packaged(MINILM)
         model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=classes)
         return MiniLM(model, models.load_tokenizer(folder)), f"MiniLM-L6: the body of {MINILM}."
-    tokenizer = _tokenizer(dataset)
+    tokenizer = cached_tokenizer(dataset.splits["train"].texts[:TOKENIZER_TEXTS])
     config = AutoConfig.for_model(
         "bert",
         hidden_size=384,

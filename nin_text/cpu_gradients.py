@@ -29,7 +29,7 @@ def written_out(x: Tensor, *weights: Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights))
 
 
-def _of_weights(dy: Tensor, x: Tensor) -> Tensor:
+def of_weights(dy: Tensor, x: Tensor) -> Tensor:
     """(N, C_out) and (N, C) to the gradient of weights (C_out, C)."""
     if len(x) % SLICES:
         return dy.t() @ x
@@ -75,7 +75,7 @@ class RowConvolution(torch.autograd.Function):
             dx = dx[before : before + n]  # (N, C)
             dx = dx if mask is None else dx * mask
         if ctx.needs_input_grad[2]:
-            of_taps = [_of_weights(dy, padded[start : start + n]) for start in starts]
+            of_taps = [of_weights(dy, padded[start : start + n]) for start in starts]
             dweight = torch.stack(of_taps, dim=2)  # (C_out, C, taps)
         if ctx.needs_input_grad[3]:
             dbias = dy.sum(dim=0)  # (C_out,)
@@ -95,7 +95,7 @@ class _RowLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         dx = dy @ weight if ctx.needs_input_grad[0] else None  # (N, C)
-        dweight = _of_weights(dy, x) if ctx.needs_input_grad[1] else None  # (C_out, C)
+        dweight = of_weights(dy, x) if ctx.needs_input_grad[1] else None  # (C_out, C)
         dbias = dy.sum(dim=0) if ctx.needs_input_grad[2] else None  # (C_out,)
         return dx, dweight, dbias
 

@@ -31,7 +31,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from nin_text.blocks import Dropout, MLPConv, Rows, max_pool_rows, pooling_weights
 from nin_text.configuration import NiNTextConfig
-from nin_text.cpu_gradients import Embedding, written_out
+from nin_text.cpu_gradients import Embedding, of_weights, written_out
 from nin_text.modeling import classification_loss, he_initialization
 from nin_text.ngrams import NGramEvidence
 
@@ -273,7 +273,8 @@ def pool_rows(x: Tensor, scorer: Tensor | None, layout: Rows, stride: int) -> tu
     """
     scores = None
     if scorer is not None:
-        scores = layout.unpack(x.mv(scorer)[:, None], stride)[..., 0]  # (B, T)
+        # On a CPU a matrix times a vector is of one thread.
+        scores = layout.unpack((x * scorer).sum(dim=1, keepdim=True), stride)[..., 0]  # (B, T)
     weights = pooling_weights(layout.token_mask, scores)  # (B, T)
     token_rows = layout.token_rows(stride)  # (M,)
     token_weights = weights.flatten().index_select(0, layout.tokens)  # (M,)
@@ -324,7 +325,8 @@ class _Pooling(torch.autograd.Function):
             wg.index_add_(0, rows, of_tokens * dweights.flatten()[layout.tokens])
         sums = wg.new_zeros(len(weights)).index_add_(0, text, wg)  # (B,)
         dscores = wg - w * sums[text]  # (N,)
-        return dx.mul_(w[:, None]).addr_(dscores, scorer), dscores @ x, None, None
+        dscorer = of_weights(dscores[:, None], x)[0]  # (C,)
+        return dx.mul_(w[:, None]).addr_(dscores, scorer), dscorer, None, None
 
 
 class NiNTextForSequenceClassification(NiNTextPreTrainedModel):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from nin_text import speed, speed_report
+from nin_text import models, speed, speed_report
+from nin_text.configuration import NiNTextConfig
 from nin_text.data import load_text_dataset
 from nin_text.options import BenchmarkOptions
 from nin_text.predictor import Predictor
-from nin_text.speed_systems import random_model
+from nin_text.speed_systems import random_model, recipe_of, training_step
 
 SMALL: dict[str, Any] = {
     "QUICK_SAMPLE": 40,
@@ -37,7 +39,7 @@ def test_operations_are_those_of_the_products() -> None:
     assert defined == pointwise + 2 * 3 * 128 * 128
 
 
-def test_a_random_preset_has_the_sizes_of_a_trained_one(tmp_path: Path) -> None:
+def test_a_random_preset_is_what_training_begins_with(tmp_path: Path) -> None:
     dataset = load_text_dataset("demo_topics", limit=200)
     folder = random_model("nin-text-base", dataset, tmp_path)
     predictor = Predictor(folder, device="cpu")
@@ -45,6 +47,17 @@ def test_a_random_preset_has_the_sizes_of_a_trained_one(tmp_path: Path) -> None:
     assert predictor.classifier.ngram_size == 3
     _, done = speed.operations(folder, predictor.classifier)
     assert done == 2 * (192 * 384 + 384 * 192)
+    train, recipe = dataset.splits["train"], recipe_of("nin-text-base", dataset)
+    model, tokenizer = models.build(recipe, train.texts, train.labels, dataset.label_names)
+    config = NiNTextConfig.from_pretrained(folder)
+    assert config.vocab_size == len(tokenizer)
+    assert config.ngram_buckets == model.config.ngram_buckets
+    step, texts, tokens = training_step(predictor, dataset, recipe)
+    step()
+    assert texts == recipe.batch_size
+    assert tokens == predictor.tokenizer.encode(train.texts[:texts])[1].sum()
+    few = training_step(predictor, dataset, replace(recipe, batch_tokens=tokens // 2))
+    assert 0 < few[2] <= tokens // 2
 
 
 def test_a_few_texts_are_as_long_as_many() -> None:

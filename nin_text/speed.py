@@ -393,12 +393,13 @@ def time_round(entries: dict[str, Entry], reviews: Sequence[str]) -> dict[str, d
     """One turn of every entry: seconds of one run, and of each single text."""
     timed = {}
     for name, entry in entries.items():
-        seconds, runs = 0.0, 0
-        while seconds < LEAST_SECONDS:
+        seconds: list[float] = []
+        while sum(seconds) < LEAST_SECONDS:
             started = time.perf_counter()
             entry.run()
-            seconds += time.perf_counter() - started
-            runs += 1
+            seconds.append(time.perf_counter() - started)
+        # The first is slowed down by what the entry before has left in the caches.
+        steady = seconds[1:] or seconds
         latencies = []
         for review in reviews[: SLOW_SINGLES if entry.slow else SINGLES]:
             if entry.single is None:
@@ -406,7 +407,7 @@ def time_round(entries: dict[str, Entry], reviews: Sequence[str]) -> dict[str, d
             started = time.perf_counter()
             entry.single(review)
             latencies.append(time.perf_counter() - started)
-        timed[name] = {"seconds": seconds / runs, "latencies": latencies}
+        timed[name] = {"seconds": sum(steady) / len(steady), "latencies": latencies}
     return timed
 
 

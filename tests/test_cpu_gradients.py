@@ -17,11 +17,12 @@ def gradients(output: Tensor, *inputs: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("rows", [1, 7, 8, 48])
+@pytest.mark.parametrize("sizes", [(5, 3), (3, 5)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_linear_map_of_rows(rows: int, dtype: torch.dtype) -> None:
-    theirs, ours = nn.Linear(5, 3, dtype=dtype), Linear(5, 3, dtype=dtype)
+def test_a_linear_map_of_rows(rows: int, sizes: tuple[int, int], dtype: torch.dtype) -> None:
+    theirs, ours = nn.Linear(*sizes, dtype=dtype), Linear(*sizes, dtype=dtype)
     ours.load_state_dict(theirs.state_dict())
-    x = torch.randn(rows, 5, dtype=dtype, requires_grad=True)
+    x = torch.randn(rows, sizes[0], dtype=dtype, requires_grad=True)
     torch.testing.assert_close(ours(x), theirs(x))
     expected = gradients(theirs(x), x, *theirs.parameters())
     torch.testing.assert_close(gradients(ours(x), x, *ours.parameters()), expected)

@@ -70,6 +70,15 @@ def test_a_few_texts_are_as_long_as_many() -> None:
     assert sorted(speed.evenly(texts, 5000)) == sorted(texts)
 
 
+def test_the_first_of_several_runs_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 0.2, 0.2, 0.25, 0.25, 0.35, 1.0, 1.9])  # three short runs, a long one
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: next(clock))
+    entry = speed.Entry(lambda: None, documents=1, tokens=1)
+    timed = speed.time_round({"short": entry, "long": entry}, [])
+    assert timed["short"]["seconds"] == pytest.approx((0.05 + 0.1) / 2)
+    assert timed["long"]["seconds"] == pytest.approx(0.9)
+
+
 def result_of(**seconds: list[float]) -> dict[str, Any]:
     return {
         "entries": {

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from nin_text.cpu_gradients import Linear, RowConvolution, written_out
 from nin_text.products import in_autocast, reach, taps
 
-ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
+ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "hardswish": nn.Hardswish}
 
 
 @dataclass(frozen=True)
@@ -283,7 +283,7 @@ class MLPConv(nn.Module):
         kernel_sizes: width of the spatial convolution; several make it an inception block.
         dims: 1 for text, 2 for images.
         dilation, stride: of the spatial convolution.
-        activation: "relu", "gelu" or "silu".
+        activation: "relu", "gelu", "silu" or "hardswish".
         norm: what normalizes the input: "layer" (over the channels of each position), "batch" (over
             the positions of a batch, each channel by itself; images only, since padding would
             count), or "none".

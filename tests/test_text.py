@@ -41,6 +41,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "dilations": [2, 1, 3],
         "pool": [True, True, False],
         "embedding_size": 24,
+        "hidden_act": "hardswish",
     },
     "n-grams": {
         "block_channels": [[24], [24, 16]],

@@ -20,6 +20,8 @@ MULTI_LABEL: Final = "multi_label_classification"
 # Values of an image that can be whitened: the matrix then takes 600 MB.
 MAX_WHITENED: Final = 3 * 64**2
 
+Activation = Literal["relu", "gelu", "silu", "hardswish"]
+
 # What the presets of our own have in common. Stride 1, so that there is evidence for each token.
 _RESIDUAL: dict[str, Any] = {
     "residual": True,
@@ -109,7 +111,7 @@ class NiNTextConfig(PreTrainedConfig):
     pool: list[bool] = field(default_factory=list)
     residual: bool = False
     norm: bool = False
-    hidden_act: Literal["relu", "gelu", "silu", "hardswish"] = "relu"
+    hidden_act: Activation = "relu"
     pooling: Literal["mean", "attention"] = "mean"
     word_dropout: float | int = 0.0
     embedding_dropout: float | int = 0.0
@@ -286,7 +288,7 @@ class NiNImageConfig(PreTrainedConfig):
     pool: list[str] = field(default_factory=list)
     residual: bool = False
     norm: Literal["none", "layer", "batch"] = "none"
-    hidden_act: Literal["relu", "gelu", "silu", "hardswish"] = "relu"
+    hidden_act: Activation = "relu"
     head: Literal["average", "fully_connected"] = "average"
     rectified_logits: bool = False
     hidden_dropout: float | int = 0.0

@@ -42,9 +42,9 @@ from nin_text.options import (
     model_folder,
     saved_nin,
     trained_max_length,
+    with_recipe,
 )
 from nin_text.predictor import Predictor
-from nin_text.recipes import DATASET_RECIPES, DEFAULT_RECIPE
 from nin_text.report import METRICS_FILE, write_json
 from nin_text.run_folder import ANSWERS_FILE, OPTIONS_FILE
 from nin_text.runs import train_text
@@ -195,9 +195,10 @@ class TrainedNetwork(_Network):
         self.spec = spec
         if spec in PRESET_NAMES:
             self.kind = "nin"
-            recipe = DEFAULT_RECIPE | DATASET_RECIPES.get(options.dataset, {})
-            kept = "best pass by validation accuracy" if recipe["patience"] else "last pass"
-            again = "both are" if recipe["refit"] else "the n-grams are"
+            # What is kept does not depend on how many examples there are.
+            recipe = with_recipe(TrainOptions(dataset=options.dataset, model=spec), examples=1)
+            kept = "best pass by validation accuracy" if recipe.patience else "last pass"
+            again = "both are" if recipe.refit else "the n-grams are"
             self.description = (
                 f"Network in Network with n-gram evidence, trained with its recipe for this data "
                 f"set. The {kept} is kept, network and n-grams are weighed on the validation "
